@@ -1,0 +1,291 @@
+"""The commands as functions: typed results, InputError for bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.config import TrialConfig, from_dict, to_dict
+from ray_unlearn.data import (
+    check_cells,
+    check_pair,
+    find_file,
+    kind_of,
+    listing,
+    load_documents,
+    load_examples,
+    load_mmlu,
+    read_rows,
+)
+from ray_unlearn.errors import InputError
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.models import check_model, load_model, load_tokenizer
+from ray_unlearn.records import Scores, TrialRecord, load_records, write_json
+from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model, make_scores
+
+OFFICIAL_TERMS = 12
+
+
+def evaluate(
+    model: str,
+    forget: str,
+    retain: str,
+    *,
+    adapter: str | None = None,
+    mia_member: str | None = None,
+    mia_nonmember: str | None = None,
+    mmlu: str | None = None,
+    official: bool = False,
+    dtype: str = "float32",
+    skip_bad_rows: bool = False,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> Scores:
+    """Scores one model in this process; `settings` are EvalSettings. Writes scores.json to `out` where given."""
+    if (mia_member is None) != (mia_nonmember is None):
+        raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
+    if official:
+        settings = {**settings, "max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
+    check_model(model)
+    data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
+    if official:
+        _check_official({f"{e.task}/{e.kind}" for e in data.forget})
+    loaded = load_model(model, dtype, adapter).to(_device())
+    scores, _ = evaluate_model(loaded, load_tokenizer(model), data, EvalSettings(**settings))
+    if out is not None:
+        write_json(Path(out), scores.to_json())
+    return scores
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def eval_set(
+    forget: str,
+    retain: str,
+    mia_member: str | None = None,
+    mia_nonmember: str | None = None,
+    mmlu: str | None = None,
+    skip_bad_rows: bool = False,
+) -> EvalSet:
+    """The files as an EvalSet, checked; parts without a file stay empty."""
+    rows = {
+        name: load_examples(path, name, skip_bad_rows).examples
+        for name, path in (("forget", forget), ("retain", retain))
+    }
+    check_pair(rows["forget"], rows["retain"])
+    members = load_documents(mia_member) if mia_member else []
+    nonmembers = load_documents(mia_nonmember) if mia_nonmember else []
+    dev, questions = load_mmlu(mmlu) if mmlu else ({}, [])
+    return EvalSet(**rows, members=members, nonmembers=nonmembers, dev=dev, questions=questions)
+
+
+def _check_official(cells: set[str]) -> None:
+    expected = {f"Task{task}/{kind}" for task in (1, 2, 3) for kind in ("sc", "qa")}
+    if cells != expected:
+        raise InputError(
+            f"--official demands the shared task's {OFFICIAL_TERMS} terms; "
+            f"missing {sorted(expected - cells)}, unexpected {sorted(cells - expected)}."
+        )
+
+
+# -- scoring generations made elsewhere ----------------------------------------------------------
+
+
+def score(
+    predictions: str | Path,
+    *,
+    mia: str | Path | None = None,
+    mmlu_accuracy: float | None = None,
+    official: bool = False,
+    out: str | Path | None = None,
+) -> Scores:
+    """Scores a predictions file; needs no model, Ray or GPU. Writes scores.json to `out` where given."""
+    from ray_unlearn.metrics import auc
+
+    rows = _read_predictions(Path(predictions))
+    cells = {split: {(row[1], row[2]) for row in rows if row[0] == split} for split in ("forget", "retain")}
+    check_cells(cells["forget"], cells["retain"])
+    if official:
+        _check_official({f"{task}/{kind}" for task, kind in cells["forget"]})
+    if mmlu_accuracy is not None and not (math.isfinite(mmlu_accuracy) and 0 <= mmlu_accuracy <= 1):
+        raise InputError(f"--mmlu-accuracy must be in [0, 1], got {mmlu_accuracy}.")
+    area = None if mia is None else auc(*_read_losses(Path(mia)))
+    scores = make_scores(rows, area, mmlu_accuracy, {"predictions": str(predictions)})
+    if out is not None:
+        write_json(Path(out), scores.to_json())
+    return scores
+
+
+def _read_predictions(path: Path) -> list[tuple[str, str, str, str, str]]:
+    """(split, task, kind, expected, generated) of each row; all problems at once."""
+    find_file(path, "predictions")
+    good, problems = [], []
+    seen: dict[tuple[str, str], int] = {}
+    for number, row in read_rows(path):
+        problem = _prediction_problem(row, seen)
+        if problem:
+            problems.append(f"{path}:{number}: {problem}")
+        else:
+            seen[row["split"], row["id"]] = number
+            good.append((row["split"], row["task"], kind_of(row) or "", row["expected_output"], row["model_output"]))
+    if problems:
+        raise InputError(listing("bad rows", problems, "Mend them."))
+    if not good:
+        raise InputError(f"{path} has no rows; at least one is needed.")
+    return good
+
+
+def _prediction_problem(row: Any, seen: dict[tuple[str, str], int]) -> str | None:
+    if isinstance(row, json.JSONDecodeError):
+        return f"broken JSON: {row.msg} at column {row.colno}"
+    if not isinstance(row, dict):
+        return f"a row must be a JSON object, got {row!r:.60}"
+    for name in ("id", "task", "split", "expected_output", "model_output"):
+        if name not in row:
+            return f"field {name!r} is missing; the row has {sorted(row)}"
+        if not isinstance(row[name], str):
+            return f"field {name!r} must be text, got {row[name]!r:.60}"
+        if name != "model_output" and not row[name].strip():
+            return f"field {name!r} is empty"  # an empty generation is a generation
+    if row["split"] not in ("forget", "retain"):
+        return f"split must be forget or retain, got {row['split']!r}"
+    if (row["split"], row["id"]) in seen:
+        return f"id {row['id']!r} is already used in row {seen[row['split'], row['id']]}"
+    if kind_of(row) is None:
+        return f"id {row['id']!r} does not end in sc or qa and a digit, and there is no column 'kind' saying sc or qa"
+    return None
+
+
+def _read_losses(path: Path) -> tuple[list[float], list[float]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("member", "nonmember")):
+        raise InputError(f'{path} must be {{"member": [..], "nonmember": [..]}}, got {str(data)[:80]}.')
+    return data["member"], data["nonmember"]
+
+
+# -- one trial -----------------------------------------------------------------------------------
+
+
+def read_trial_config(recipe_name: str | None, config: str | None, overrides: Sequence[str]) -> TrialConfig:
+    """The configuration of a recipe or a YAML file, with overrides applied."""
+    from ray_unlearn.job import apply_override
+    from ray_unlearn.recipes import recipe
+
+    if (recipe_name is None) == (config is None):
+        raise InputError("give either --recipe NAME or --config FILE.")
+    if recipe_name is not None:
+        data = dict(recipe(recipe_name).config)
+    else:
+        assert config is not None
+        try:
+            data = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError as error:
+            raise InputError(f"no such file: {config}.") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{config} is not readable YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise InputError(f"{config} must hold a mapping of trial settings, got {data!r:.60}.")
+    for override in overrides:
+        apply_override(data, override)
+    return from_dict(TrialConfig, data, "trial")
+
+
+def train(
+    *,
+    model: str,
+    forget: str,
+    retain: str,
+    out: str | Path,
+    recipe: str | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    workers: int = 1,
+    gpus_per_worker: float = 0,
+    dtype: str = "float32",
+    evaluation: dict[str, Any] | None = None,
+    skip_bad_rows: bool = False,
+) -> TrialRecord:
+    """One trial through the same Ray Train and DeepSpeed path as in a search; records and snapshots go to `out`."""
+    from ray_unlearn.cluster import cluster
+    from ray_unlearn.job import ResourcesPart
+
+    trial = read_trial_config(recipe, config, overrides)
+    check_model(model)
+    data = eval_set(forget, retain, skip_bad_rows=skip_bad_rows)
+    settings = EvalSettings(**(evaluation or {}))
+    resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold")
+    run_dir = Path(out).expanduser().resolve()
+    (run_dir / "records").mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(record.id[-4:]) for record in load_records(run_dir)[0]), default=-1)
+    with cluster(address, dashboard=False, needed_cpus=workers) as started_here:
+        from ray_unlearn.executor import Executor, events
+        from ray_unlearn.workbench import BenchSpec, ModelSource
+
+        spec = BenchSpec(
+            model=ModelSource.of(model, shared=started_here),
+            forget=data.forget,
+            retain=data.retain,
+            eval_set=data,
+            eval_settings=settings,
+            dtype=dtype,
+            utility_floor=0.0,
+        )
+        executor = Executor(run_dir, spec, resources, run_dir / "ray")
+        for _ in events(executor.handle, f"trial-{number:04d}", to_dict(trial)):
+            pass
+        executor.close()
+    return load_records(run_dir)[0][number]
+
+
+# -- merging -------------------------------------------------------------------------------------
+
+
+def merge(
+    base: str,
+    members: Sequence[str],
+    out: str | Path,
+    *,
+    method: str = "ties",
+    densities: Sequence[float] = (1.0,),
+    weights: Sequence[float] | None = None,
+    lambda_: float = 1.0,
+) -> Path:
+    """Merges adapters, snapshots or full checkpoints of one base into a model directory at `out`."""
+    from ray_unlearn.merging.writer import write_merge
+    from ray_unlearn.models import check_adapter
+    from ray_unlearn.tuning import read_member
+
+    names = [str(member) for member in members]
+    if len(set(names)) != len(names):
+        raise InputError(f"a member is named twice: {names}. Give it once, with the sum of its weights.")
+    recipe = MergeRecipe(
+        method=method,
+        members=names,
+        weights=list(weights) if weights else [1.0] * len(names),
+        densities=list(densities) * (len(names) if len(densities) == 1 else 1),
+        lambda_=lambda_,
+    )
+    check_model(base)
+    for name in names:
+        if (Path(name) / "adapter_config.json").exists():
+            check_adapter(name, base)
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    files = {name: read_member(Path(name), model) for name in names}
+    write_merge(recipe, model, tokenizer, files, Path(out).expanduser().resolve())
+    write_json(Path(out) / "merge.json", {"base": base, **to_dict(recipe)})
+    return Path(out)

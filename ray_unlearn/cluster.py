@@ -1,0 +1,74 @@
+"""Joining a Ray cluster, or starting one on this machine and stopping it again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.errors import InputError
+
+QUIET = {
+    # Polled this often, a finished Train run is noticed in a fraction of the default two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # A first worker group may wait for a slow import or a growing cluster.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def prepare_environment() -> None:
+    """Environment variables that Ray's processes must find before Ray is imported; a user's own values win."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def cluster(address: str | None, dashboard: bool, needed_cpus: float) -> Iterator[bool]:
+    """Connects to `address` (or RAY_ADDRESS), or starts Ray here; yields whether it was started here.
+
+    A cluster started here is stopped on the way out. Raises InputError when the cluster cannot be
+    reached, or is smaller than the trials side by side need.
+    """
+    prepare_environment()
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise InputError(
+            f"{address} is a Ray Client address; the run's driver must be on the cluster. "
+            "Use `ray-unlearn submit JOB.yaml --address http://HOST:8265`."
+        )
+    # Workers of another machine need this package too; the driver's own sys.path does not reach them.
+    package = {"py_modules": [str(Path(__file__).resolve().parent)]}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address and address != "local":
+            ray.init(address=address, runtime_env=package, **options)
+        else:
+            ray.init("local", include_dashboard=dashboard, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"the Ray cluster {address or 'local'} cannot be used: {error}") from error
+    try:
+        cpus = ray.cluster_resources().get("CPU", 0)
+        if cpus < needed_cpus:
+            raise InputError(
+                f"the trials side by side need {needed_cpus:g} CPUs (workers x cpus_per_worker x concurrency), "
+                f"and the cluster has {cpus:g}: lower resources.concurrency or resources.workers."
+            )
+        yield not address or address == "local"
+    finally:
+        ray.shutdown()

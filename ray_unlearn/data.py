@@ -1,0 +1,320 @@
+"""Files to examples to batches. The one place where rows are checked and prompt and answer are joined."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.records import Example
+
+KINDS = ("sc", "qa")
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples of one file, and how many bad rows were dropped."""
+
+    examples: list[Example]
+    dropped: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One MMLU question with its subject; `answer` is an index into `options`."""
+
+    subject: str
+    question: str
+    options: tuple[str, str, str, str]
+    answer: int
+
+
+# -- reading and checking ------------------------------------------------------------------------
+
+
+def find_file(path: str | Path, stem: str) -> Path:
+    """The data file that `path` names: itself, or `stem`.jsonl / `stem`.parquet in that directory."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / f"{stem}{suffix}" for suffix in (".jsonl", ".parquet")]
+        for candidate in found:
+            if candidate.exists():
+                return candidate
+        raise InputError(f"{path} holds no {stem}.jsonl or {stem}.parquet; it has: {_listing(path)}.")
+    if not path.exists():
+        raise InputError(f"no such file: {path}. Give a .jsonl or .parquet file, or a directory with {stem}.*.")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"{path} must end in .jsonl or .parquet, got {path.suffix or 'no suffix'!r}.")
+    return path
+
+
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+    """(row number from 1, row or the JSON error) of a .jsonl or .parquet file; blank lines are skipped."""
+    if path.suffix == ".parquet":
+        import datasets
+
+        try:
+            table = datasets.Dataset.from_parquet(str(path), cache_dir=None, keep_in_memory=True)
+        except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+            raise InputError(f"{path} is not a readable parquet file: {error}.") from error
+        return [(number, dict(row)) for number, row in enumerate(table, start=1)]
+    rows: list[tuple[int, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                rows.append((number, error))
+    return rows
+
+
+def _listing(directory: Path) -> str:
+    return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+
+
+def _problem(row: Any, fields: Sequence[str], seen: dict[str, int]) -> str | None:
+    """What is wrong with a row, or None."""
+    if isinstance(row, json.JSONDecodeError):
+        return f"broken JSON: {row.msg} at column {row.colno}"
+    if not isinstance(row, dict):
+        return f"a row must be a JSON object, got {row!r:.60}"
+    for name in fields:
+        if name not in row:
+            return f"field {name!r} is missing; the row has {sorted(row)}"
+        if not isinstance(row[name], str):
+            return f"field {name!r} must be text, got {row[name]!r:.60}"
+        if not row[name].strip():
+            return f"field {name!r} is empty"
+    if row["id"] in seen:
+        return f"id {row['id']!r} is already used in row {seen[row['id']]}"
+    if "input" in fields and kind_of(row) not in KINDS:
+        return f"id {row['id']!r} does not end in sc or qa and a digit, and there is no column 'kind' saying sc or qa"
+    return None
+
+
+def kind_of(row: dict[str, Any]) -> str | None:
+    """`sc` or `qa`: the column `kind` where present, else the end of id[:-1]."""
+    stated = row.get("kind")
+    if stated is not None:
+        return stated if stated in KINDS else None
+    return row["id"][:-1][-2:] if row["id"][:-1][-2:] in KINDS else None
+
+
+def check_rows(path: Path, fields: Sequence[str], skip_bad: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """The good rows of a file and the number of dropped ones; raises InputError listing the bad ones."""
+    good: list[dict[str, Any]] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, row in read_rows(path):
+        problem = _problem(row, fields, seen)
+        if problem:
+            problems.append(f"{path}:{number}: {problem}")
+        else:
+            seen[row["id"]] = number
+            good.append(row)
+    if problems and not skip_bad:
+        raise InputError(listing("bad rows", problems, "Mend them, or drop them with --skip-bad-rows."))
+    if not good:
+        raise InputError(f"{path} has no {'good ' if problems else ''}rows; at least one is needed.")
+    return good, len(problems)
+
+
+def listing(what: str, problems: Sequence[str], advice: str) -> str:
+    """A refusal that lists every problem: the first twenty, then how many more."""
+    shown = list(problems[:SHOWN_PROBLEMS])
+    if len(problems) > SHOWN_PROBLEMS:
+        shown.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+    return f"{len(problems)} {what}:\n  " + "\n  ".join(shown) + f"\n{advice}"
+
+
+def load_examples(path: str | Path, stem: str, skip_bad: bool = False) -> Loaded:
+    """Examples of a forget or retain file, in file order. `stem` is `forget` or `retain`."""
+    file = find_file(path, stem)
+    rows, dropped = check_rows(file, ("id", "input", "output", "task"), skip_bad)
+    examples = [
+        Example(id=r["id"], input=r["input"], output=r["output"], task=r["task"], kind=kind_of(r) or "") for r in rows
+    ]
+    return Loaded(examples, dropped, file_digest(file))
+
+
+def load_documents(path: str | Path) -> list[str]:
+    """Documents of an MIA file, in file order."""
+    rows, _ = check_rows(find_file(path, "mia"), ("id", "document"))
+    return [row["document"] for row in rows]
+
+
+def check_pair(forget: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Refuses a row that is in both sets, and sets that differ in their tasks and kinds."""
+    kept = {(example.input, example.output): example.id for example in retain}
+    both = [
+        f"forget row {example.id!r} is retain row {kept[example.input, example.output]!r}: {example.input[:60]!r}"
+        for example in forget
+        if (example.input, example.output) in kept
+    ]
+    if both:
+        raise InputError(listing("rows are in forget and in retain", both, "A row is to be forgotten or kept."))
+    check_cells({(e.task, e.kind) for e in forget}, {(e.task, e.kind) for e in retain})
+
+
+def check_cells(forget: set[tuple[str, str]], retain: set[tuple[str, str]]) -> None:
+    """Refuses two splits that do not have the same tasks and kinds, naming the missing cells."""
+    missing = [f"retain lacks {task}/{kind}" for task, kind in sorted(forget - retain)]
+    missing += [f"forget lacks {task}/{kind}" for task, kind in sorted(retain - forget)]
+    if missing:
+        raise InputError(f"both splits must have the same tasks and kinds: {'; '.join(missing)}.")
+
+
+def limit_documents(examples: Sequence[Example], limits: int | dict[str, int] | None) -> list[Example]:
+    """The rows of the first documents of each task, in file order; a document is an id without its last 3 characters.
+
+    `limits` is one number for all tasks, or a number for each.
+    """
+    if limits is None:
+        return list(examples)
+    taken: dict[str, list[str]] = {}
+    kept = []
+    for example in examples:
+        limit = limits if isinstance(limits, int) else limits.get(example.task, 0)
+        documents = taken.setdefault(example.task, [])
+        document = example.id[:-3]
+        if document not in documents and len(documents) < limit:
+            documents.append(document)
+        if document in documents:
+            kept.append(example)
+    if not kept:
+        raise InputError(f"limit {limits!r} keeps no rows; tasks in the file: {sorted({e.task for e in examples})}.")
+    return kept
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_mmlu(directory: str | Path) -> tuple[dict[str, list[Question]], list[Question]]:
+    """({subject: dev questions}, test questions) of a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv."""
+    directory = Path(directory)
+    dev: dict[str, list[Question]] = {}
+    test: list[Question] = []
+    if not directory.is_dir() or not (directory / "test").is_dir():
+        raise InputError(f"{directory} must hold test/SUBJECT_test.csv and dev/SUBJECT_dev.csv.")
+    files = sorted((directory / "test").glob("*_test.csv"))
+    if not files:
+        raise InputError(f"{directory / 'test'} holds no SUBJECT_test.csv file.")
+    for file in files:
+        subject = file.name.removesuffix("_test.csv")
+        shots = directory / "dev" / f"{subject}_dev.csv"
+        if not shots.exists():
+            raise InputError(f"{file} has no dev file: {shots} is missing.")
+        dev[subject] = _read_questions(shots, subject)
+        test += _read_questions(file, subject)
+    return dev, test
+
+
+def _read_questions(path: Path, subject: str) -> list[Question]:
+    questions = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file), start=1):
+            if len(row) != 6 or row[5].strip() not in "ABCD" or not row[5].strip():
+                raise InputError(f"{path}:{number}: expected question, A, B, C, D, letter; got {row!r:.120}.")
+            questions.append(Question(subject, row[0], (row[1], row[2], row[3], row[4]), "ABCD".index(row[5].strip())))
+    return questions
+
+
+# -- tokens --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a row; the first `prompt` of them are the prompt."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def document_of(input: str, output: str) -> str:
+    """Prompt and answer as one text: a space between, unless one stands there already."""
+    glue = "" if input[-1:].isspace() or output[:1].isspace() else " "
+    return input + glue + output
+
+
+def encode(tokenizer: Any, input: str, output: str, eos: bool = False) -> Encoded:
+    """Tokens of prompt and answer such that the prompt's are exactly those that generation starts from.
+
+    The text is tokenised as a whole; where that would merge the prompt's last token with the
+    answer's first, the two are tokenised apart.
+    """
+    prompt = list(tokenizer(input)["input_ids"])
+    text = document_of(input, output)
+    ids = list(tokenizer(text)["input_ids"])
+    if ids[: len(prompt)] != prompt:
+        ids = prompt + list(tokenizer(text[len(input) :], add_special_tokens=False)["input_ids"])
+    if eos:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no EOS token, but EOS was asked for at the end of rows.")
+        ids.append(tokenizer.eos_token_id)
+    return Encoded(tuple(ids), len(prompt))
+
+
+def cut(row: Encoded, max_length: int | None) -> Encoded:
+    """The row's first `max_length` tokens; at least one answer token must remain."""
+    if max_length is None or len(row.ids) <= max_length:
+        return row
+    if row.prompt >= max_length:
+        raise InputError(
+            f"a row's prompt alone has {row.prompt} tokens, and the limit is {max_length}: no answer token is left. "
+            f"Raise max_length or drop the row."
+        )
+    return Encoded(row.ids[:max_length], row.prompt)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows padded to T tokens. Masks are over predicted tokens: position t stands for token t + 1."""
+
+    ids: Tensor
+    """[B, T] token ids, padded on the right."""
+    attention: Tensor
+    """[B, T] 1 for tokens, 0 for padding."""
+    answer: Tensor
+    """[B, T-1] whether token t + 1 belongs to the answer."""
+    document: Tensor
+    """[B, T-1] whether token t + 1 is a token at all."""
+
+    def mask(self, on: str) -> Tensor:
+        """The mask named `answer` or `document`."""
+        return self.answer if on == "answer" else self.document
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Rows to a batch as long as its longest row."""
+    length = max(2, max(len(row.ids) for row in rows))
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    prompts = torch.tensor([row.prompt for row in rows])
+    ids = torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])
+    position = torch.arange(length)
+    real = position < lengths[:, None]
+    answer = real & (position >= prompts[:, None])
+    tensors = (ids, real.long(), answer[:, 1:], real[:, 1:])
+    return Batch(*(tensor.to(device) for tensor in tensors))
+
+
+def by_length(items: Iterable[Any], length: Callable[[Any], int], size: int) -> list[list[int]]:
+    """Indices of the items in groups of at most `size` of similar length, so that little padding is needed."""
+    lengths = [length(item) for item in items]
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[start : start + size] for start in range(0, len(order), size)]

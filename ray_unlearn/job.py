@@ -1,0 +1,286 @@
+"""Jobs: one YAML file that says everything a run needs; its parts, defaults, overrides and comparison."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.benchmark import EmbeddedSettings
+from ray_unlearn.config import TrialConfig, from_dict, one_of, require, to_dict
+from ray_unlearn.errors import InputError
+from ray_unlearn.merging import MERGES
+from ray_unlearn.models import DTYPES
+from ray_unlearn.recipes import RECIPES, recipe
+from ray_unlearn.scoring import EvalSettings
+
+RECIPE_KEYS = (
+    "forget_weight",
+    "retain_weight",
+    "kl_weight",
+    "npo_beta",
+    "npo_ratio",
+    "epochs",
+    "schedule",
+    "lora_rank",
+)
+"""What a recipe says as a first point. Learning rate and batch depend on the model's size, so the space says them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """The model that is to forget."""
+
+    path: str | None = None
+    """Directory, .gguf file or hub id; null when `target` makes the model."""
+    dtype: str = "float32"
+    """Precision of training and scoring; float32 on CPU, bfloat16 on GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPart:
+    """How to make the model, where it is not given."""
+
+    benchmark: str | None = None
+    """`embedded` builds the embedded benchmark, its data included."""
+    settings: EmbeddedSettings = field(default_factory=EmbeddedSettings)
+    """Sizes of the embedded benchmark."""
+    base: str | None = None
+    """A base model to fine-tune on the forget and retain rows."""
+    epochs: int = 10
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    cache: str = "~/.cache/ray_unlearn"
+    """Folder of finished targets, by digest of what made them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """Files; with the embedded benchmark those left null are the benchmark's own."""
+
+    forget: str | None = None
+    retain: str | None = None
+    mia_member: str | None = None
+    mia_nonmember: str | None = None
+    """Unseen documents: the search sees every other one, the final score the rest."""
+    mmlu: str | None = None
+    """Folder with dev/ and test/, the utility test."""
+    limit: dict[str, Any] | int | None = None
+    """Documents kept of each task: one number, or one for each task; null for all."""
+    mia_limit: int | None = None
+    """Members, and twice as many non-members, that are kept; null for all."""
+    mmlu_limit: int | None = None
+    """Questions kept, evenly over the subjects; null for all."""
+    skip_bad_rows: bool = False
+    """Drop and count bad rows instead of refusing the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPart:
+    """How every model of the run is scored."""
+
+    max_new_tokens: int = 256
+    batch_size: int = 32
+    mmlu_mode: str = "letters"
+    mmlu_shots: int = 5
+
+    def settings(self) -> EvalSettings:
+        """The same as EvalSettings."""
+        return EvalSettings(**to_dict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPart:
+    """The search over trials."""
+
+    trials: int = 24
+    spaces: list[str] = field(default_factory=lambda: ["npo_kl_ce", "ascent_kl_ce"])
+    """Names of shipped spaces, or paths of .py files; which one a trial uses is itself searched."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """TrialConfig fields that every trial gets whatever its space says."""
+    ranges: dict[str, Any] = field(default_factory=dict)
+    """Searched parameter -> [low, high] or list of choices, in place of the space's own."""
+    first_points: list[Any] = field(default_factory=list)
+    """Recipe names, or mappings of searched parameters, that are tried first."""
+    startup: int = 8
+    """Trials before the sampler learns from them (first points included)."""
+    storage: str | None = None
+    """RDB URL of the Optuna studies; null for study.db in the run's directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesPart:
+    """Machines of one trial, and how many trials run side by side."""
+
+    workers: int = 1
+    """Ray Train workers of a trial."""
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    concurrency: int = 1
+    """Trials side by side; each gets its own workers."""
+    executor: str = "warm"
+    """`warm`: long-lived workers, libraries and base loaded once; `cold`: a Train run for each trial."""
+    shared_storage: bool | None = None
+    """Whether all nodes see the model's path and the run's directory; null: only on a cluster this run starts."""
+    dashboard: bool = True
+    """Whether a cluster that this run starts gets Ray's dashboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePart:
+    """The search over merges of front members."""
+
+    candidates: int = 24
+    """Merges tried; 0 for none."""
+    methods: list[str] = field(default_factory=lambda: ["ties"])
+    max_members: int = 3
+    pool: int = 8
+    """Members offered at most: the front first, then the best by final."""
+    startup: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionPart:
+    """How the delivered model is chosen."""
+
+    utility_floor: float = 0.75
+    """A candidate is feasible if its utility is above this share of the target's."""
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Of task aggregate, MIA score and utility; equal ones choose by `final`."""
+    examples: int = 4
+    """Rows of each split, task and kind shown before and after in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs."""
+
+    seed: int = 0
+    model: ModelPart = field(default_factory=ModelPart)
+    target: TargetPart = field(default_factory=TargetPart)
+    data: DataPart = field(default_factory=DataPart)
+    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    search: SearchPart = field(default_factory=SearchPart)
+    resources: ResourcesPart = field(default_factory=ResourcesPart)
+    merge: MergePart = field(default_factory=MergePart)
+    selection: SelectionPart = field(default_factory=SelectionPart)
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.model.dtype, DTYPES)
+        one_of("resources.executor", self.resources.executor, ("warm", "cold"))
+        given = [self.model.path, self.target.benchmark, self.target.base]
+        require(
+            sum(value is not None for value in given) == 1,
+            "exactly one of model.path, target.benchmark and target.base must be given, got "
+            f"model.path={given[0]!r}, target.benchmark={given[1]!r}, target.base={given[2]!r}.",
+        )
+        if self.target.benchmark is not None:
+            one_of("target.benchmark", self.target.benchmark, ("embedded",))
+        else:
+            for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
+                require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
+        self._check_numbers()
+        self.evaluation.settings()
+        for name in self.merge.methods:
+            one_of("merge.methods", name, tuple(MERGES))
+        from_dict(TrialConfig, self.search.fixed, "search.fixed")
+        self.first_points()
+
+    def _check_numbers(self) -> None:
+        at_least_1 = {
+            "search.trials": self.search.trials,
+            "resources.workers": self.resources.workers,
+            "resources.concurrency": self.resources.concurrency,
+            "merge.max_members": self.merge.max_members,
+            "target.epochs": self.target.epochs,
+            "target.batch_size": self.target.batch_size,
+        }
+        for name, value in at_least_1.items():
+            require(value >= 1, f"{name} must be at least 1, got {value}: a budget of 0 does nothing.")
+        require(self.merge.candidates >= 0, f"merge.candidates must be at least 0, got {self.merge.candidates}.")
+        require(
+            0 < self.selection.utility_floor <= 1,
+            f"selection.utility_floor must be in (0, 1], got {self.selection.utility_floor}.",
+        )
+        weights = self.selection.weights
+        require(
+            len(weights) == 3 and min(weights) >= 0 and sum(weights) > 0,
+            f"selection.weights must be three numbers of at least 0, not all 0, got {weights}.",
+        )
+
+    def first_points(self) -> list[dict[str, Any]]:
+        """The first points as mappings of searched parameters; recipe names are looked up."""
+        points = []
+        for point in self.search.first_points:
+            if isinstance(point, str):
+                points.append({key: value for key, value in recipe(point).config.items() if key in RECIPE_KEYS})
+            elif isinstance(point, dict):
+                points.append(point)
+            else:
+                raise InputError(
+                    f"search.first_points takes recipe names ({', '.join(sorted(RECIPES))}) or mappings, got {point!r}."
+                )
+        return points
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> Job:
+    """The job of a YAML file, with `key=value` overrides (dotted keys, YAML values) applied."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such job file: {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable YAML: {error}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a mapping of keys to values, got {data!r:.60}.")
+    for override in overrides or []:
+        apply_override(data, override)
+    return from_dict(Job, _expand(data))
+
+
+def _expand(value: Any) -> Any:
+    """Environment variables (`$LUME/forget.jsonl`) in every text of a job; an unset one is refused."""
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    expanded = os.path.expandvars(value)
+    if "$" in expanded:
+        raise InputError(
+            f"{value!r} names an environment variable that is not set: export it, or give the value by --set."
+        )
+    return expanded
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one dotted key of plain nested mappings to a YAML value, in place."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise InputError(f"--set takes key=value with a dotted key, got {override!r}.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {override}: {parent!r} is not a mapping.")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], where: str = "") -> list[str]:
+    """Dotted keys in which two jobs differ, with both values."""
+    found = []
+    for key in sorted({*a, *b}):
+        left, right, name = a.get(key), b.get(key), f"{where}{key}"
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{name}.")
+        elif left != right:
+            found.append(f"{name}: {left!r} there, {right!r} now")
+    return found

@@ -1,0 +1,37 @@
+"""From rows to the task's numbers: terms, task aggregate, final."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from ray_unlearn.metrics.generation import exact_match, rouge_l_recall
+
+KIND_METRIC = {"sc": ("regurgitation", rouge_l_recall), "qa": ("knowledge", exact_match)}
+
+Row = tuple[str, str, str, str, str]
+"""split, task, kind, expected, generated."""
+
+
+def task_terms(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Rows -> (terms, raw means, counts), each under split/task/metric; forget terms are 1 - raw."""
+    values: dict[str, list[float]] = {}
+    for split, task, kind, expected, generated in rows:
+        name, metric = KIND_METRIC[kind]
+        values.setdefault(f"{split}/{task}/{name}", []).append(metric(expected, generated))
+    keys = sorted(values)
+    raw = {key: fmean(values[key]) for key in keys}
+    terms = {key: 1 - raw[key] if key.startswith("forget/") else raw[key] for key in keys}
+    return terms, raw, {key: len(values[key]) for key in keys}
+
+
+def harmonic_mean(terms: Sequence[float]) -> float:
+    """Harmonic mean of numbers in [0, 1]; 0 as soon as one of them is 0."""
+    if any(term <= 0 for term in terms):
+        return 0.0
+    return len(terms) / sum(1 / term for term in terms)
+
+
+def final_score(task_aggregate: float, mia: float, utility: float) -> float:
+    """Arithmetic mean of the three parts."""
+    return (task_aggregate + mia + utility) / 3

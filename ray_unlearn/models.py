@@ -1,0 +1,138 @@
+"""Loading models and tokenizers: directories, hub ids, GGUF files; adapters; what can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def quiet() -> None:
+    """Keeps transformers from drawing bars and from warning about what is meant here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def check_model(path: str) -> None:
+    """Refuses, before anything is loaded, a model path that cannot work."""
+    place = Path(path)
+    if place.suffix == ".gguf":
+        if not place.is_file():
+            raise InputError(f"no such GGUF file: {path}.")
+        return
+    if not place.exists():
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+            return  # a hub id: transformers will say whether it exists
+        raise InputError(f"no such model: {path!r} is neither a directory, a .gguf file nor a hub id OWNER/NAME.")
+    if not (place / "config.json").exists():
+        raise InputError(f"{path} is no model directory: it has no config.json.")
+    if not any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise InputError(f"{path} has no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained.")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model, with a padding token (EOS where it has none)."""
+    from transformers import AutoTokenizer
+
+    quiet()
+    check_model(path)
+    place = Path(path)
+    try:
+        if place.suffix == ".gguf":
+            tokenizer = AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {path} has neither EOS nor padding token; generation could not stop.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, dtype: str = "float32", adapter: str | None = None) -> Any:
+    """The causal language model at `path`, in evaluation mode, with `adapter` (a PEFT directory) merged in."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    quiet()
+    check_model(path)
+    place = Path(path)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    name = path
+    if place.suffix == ".gguf":
+        # Without dequantize the model is marked as quantised, and can be neither trained nor saved.
+        options |= {"gguf_file": place.name, "quantization_config": GgufConfig(dequantize=True)}
+        name = str(place.parent)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {path} cannot be loaded: {error}") from error
+    if adapter is not None:
+        model = _with_adapter(model, path, adapter)
+    return model.eval()
+
+
+def _with_adapter(model: Any, path: str, adapter: str) -> Any:
+    from peft import PeftModel
+
+    check_adapter(adapter, path)
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"the adapter {adapter} does not fit the model {path}: {error}") from error
+
+
+def check_adapter(adapter: str, base: str) -> None:
+    """Refuses a directory that is no adapter, and one made for a base of another shape.
+
+    Bases are compared by the settings that decide the shapes of their weights, when both are local.
+    """
+    config = Path(adapter) / "adapter_config.json"
+    if not config.exists():
+        raise InputError(f"{adapter} is no adapter directory: it has no adapter_config.json.")
+    stated = json.loads(config.read_text()).get("base_model_name_or_path") or ""
+    ours, theirs = Path(base) / "config.json", Path(stated) / "config.json"
+    if not stated or not ours.exists() or not theirs.exists() or Path(stated).resolve() == Path(base).resolve():
+        return
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+    mine, other = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    differ = [
+        f"{key} {other.get(key)!r} there, {mine.get(key)!r} here" for key in keys if mine.get(key) != other.get(key)
+    ]
+    if differ:
+        raise InputError(f"the adapter {adapter} was made for another base, {stated}: {'; '.join(differ)}.")
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Writes a plain Hugging Face directory whole or not at all: a temporary name beside it, then renamed."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    quiet()
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    publish(temporary, directory)
+
+
+def publish(temporary: Path, directory: Path) -> None:
+    """Renames a finished directory to its final name; what stood there is kept until the new one is in place."""
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def context_length(model: Any, default: int = 2048) -> int:
+    """Positions that the model was made for."""
+    return int(getattr(model.config, "max_position_embeddings", None) or default)

@@ -1,0 +1,199 @@
+"""What travels and what is saved: examples, scores, snapshots, trial and merge records; atomic files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of a forget or retain set; `kind` is `sc` (sentence completion) or `qa` (question answering)."""
+
+    id: str
+    input: str
+    output: str
+    task: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one model scored. A part that was not measured is None, and then `final` is None too."""
+
+    terms: dict[str, float]
+    """split/task/kind -> mean, forget ones already 1 - mean; kinds are regurgitation and knowledge."""
+    raw: dict[str, float]
+    """The same keys, before the inversion."""
+    counts: dict[str, int]
+    """The same keys: rows behind each mean."""
+    task_aggregate: float | None = None
+    mia_auc: float | None = None
+    mia_score: float | None = None
+    utility: float | None = None
+    final: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def objectives(self) -> tuple[float, float, float]:
+        """Task aggregate, MIA score and utility; raises ValueError when one was not measured."""
+        values = (self.task_aggregate, self.mia_score, self.utility)
+        if any(value is None for value in values):
+            raise ValueError(f"an objective was not measured: {values}")
+        return values  # type: ignore[return-value]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of scores.json; parts that were not measured are absent."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Scores:
+        """The inverse of to_json; keys of other metrics beside these are ignored."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A point of a trial that scored itself and kept its weights."""
+
+    id: str
+    """trial id / step, e.g. trial-0003/00120."""
+    step: int
+    """Optimiser steps done."""
+    phase: str
+    scores: Scores
+    path: str
+    """Folder of the weights, relative to the run's directory."""
+    seconds: float
+    """Since the trial began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial, written once when it ends. A failed one has a reason and no snapshots that count."""
+
+    id: str
+    status: str
+    """`finished`, `stopped` (by its own guard; snapshots count) or `failed`."""
+    config: dict[str, Any]
+    reason: str = ""
+    snapshots: tuple[Snapshot, ...] = ()
+    course: tuple[dict[str, Any], ...] = ()
+    """Step, loss and its parts, gradient norm, tokens/s, memory in MB, as they came."""
+    seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    attempts: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """One merge candidate: its recipe and its scores, or why it failed."""
+
+    id: str
+    status: str
+    recipe: dict[str, Any]
+    """method, members (snapshot ids), weights, densities, lambda."""
+    scores: Scores | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model that can be chosen: a snapshot of a trial, or a merge."""
+
+    id: str
+    scores: Scores
+    record: TrialRecord | MergeRecord
+    snapshot: Snapshot | None = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing: a temporary name beside it, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """write_text of readable JSON; NaN is refused, since a missing number is no number."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
+    """Writes records/<id>.json. The file's existence means the trial or merge has ended."""
+    data = dataclasses.asdict(record)
+    for snapshot in data.get("snapshots", ()):
+        snapshot["scores"] = {key: value for key, value in snapshot["scores"].items() if value is not None}
+    if data.get("scores"):
+        data["scores"] = {key: value for key, value in data["scores"].items() if value is not None}
+    elif "scores" in data:
+        del data["scores"]  # a failed merge has no scores
+    write_json(run_dir / "records" / f"{record.id}.json", data)
+
+
+def load_records(run_dir: Path) -> tuple[list[TrialRecord], list[MergeRecord]]:
+    """All trials and merges of a run, in order of their ids."""
+    trials: list[TrialRecord] = []
+    merges: list[MergeRecord] = []
+    for path in sorted((run_dir / "records").glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if path.name.startswith("merge-"):
+            scores = data.pop("scores", None)
+            merges.append(MergeRecord(**data, scores=Scores.from_json(scores) if scores else None))
+        elif path.name.startswith("trial-"):
+            snapshots = tuple(
+                Snapshot(**{**snapshot, "scores": Scores.from_json(snapshot["scores"])})
+                for snapshot in data.pop("snapshots")
+            )
+            trials.append(TrialRecord(**{**data, "course": tuple(data["course"])}, snapshots=snapshots))
+    return trials, merges
+
+
+def candidates(trials: list[TrialRecord], merges: list[MergeRecord]) -> list[Candidate]:
+    """Every scored model of a run: snapshots of trials that did not fail, then merges."""
+    found = [
+        Candidate(id=snapshot.id, scores=snapshot.scores, record=trial, snapshot=snapshot)
+        for trial in trials
+        if trial.status != "failed"
+        for snapshot in trial.snapshots
+    ]
+    return found + [
+        Candidate(id=merge.id, scores=merge.scores, record=merge)
+        for merge in merges
+        if merge.status == "finished" and merge.scores is not None
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, or None for an installed one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None

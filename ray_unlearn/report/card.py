@@ -1,0 +1,136 @@
+"""The README.md that goes with the chosen model: what was done to it, what it scored, what that does not show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.records import Scores
+from ray_unlearn.report.table import GROUPS, score_rows
+
+LIMITS = """\
+- Only the documents that are no members in the membership test are new to the search. The forget and retain
+  terms and the utility come from rows that the search also scored its candidates on, so they may flatter the choice.
+- The membership test compares losses of whole documents. It shows nothing about stronger attacks.
+- Forget terms compare greedy answers to the prompts of the forget set. Paraphrased prompts, other languages,
+  sampling, jailbreaks and attacks on the weights were not tried, so knowledge may still be reachable.
+- Nothing here shows whether the forgotten text comes back after fine-tuning or quantisation.
+- Utility is one test on a limited number of questions; other abilities and safety behaviour were not measured.
+- The scores describe behaviour. They are no proof that the data's influence is gone."""
+
+
+def model_card(job: dict[str, Any], final: dict[str, Any], target_scores: Scores, versions: dict[str, str]) -> str:
+    """README.md of the chosen model, with Hugging Face front matter.
+
+    `job` is the whole of job.yaml (job, data_digests, git_commit), `final` the content of final.json,
+    `target_scores` the untouched target on the same documents as final["best"].
+    """
+    best = Scores.from_json(final["best"])
+    reference = Scores.from_json(final["reference"]) if final.get("reference") else None
+    settings = job.get("job", {})
+    path = str((settings.get("model") or {}).get("path") or "")
+    return "\n".join(
+        [
+            _front_matter(path),
+            f"# Unlearned {_text(path.rstrip('/').rpartition('/')[2]) or 'model'}\n",
+            *_what_was_done(path, final, target_scores, best),
+            *_scores(target_scores, best, reference),
+            *_candidate(final),
+            "## Data\n",
+            *_table(("data", "digest"), sorted((job.get("data_digests") or {}).items())),
+            *_documents(final.get("mia_documents") or {}),
+            "## Limits\n",
+            LIMITS + "\n",
+            "## Versions\n",
+            *_table(("library", "version"), sorted(versions.items())),
+            f"Commit of ray_unlearn: {_text(job.get('git_commit') or 'not known')}.\n",
+            "<details>\n<summary>The job</summary>\n",
+            _yaml_block(settings),
+            "</details>\n",
+        ]
+    )
+
+
+def _front_matter(path: str) -> str:
+    values: dict[str, Any] = {"library_name": "transformers", "tags": ["unlearning", "ray_unlearn"]}
+    # the hub resolves base_model, so a folder on this machine must not be named there
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists():
+        values["base_model"] = path
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _what_was_done(path: str, final: dict[str, Any], target: Scores, best: Scores) -> list[str]:
+    kind = "a merge of snapshots" if final.get("kind") == "merge" else "a snapshot of one trial"
+    return [
+        f"This model was made from {_code(path) if path else 'a target model'} by unlearning: training and merging "
+        "meant to make it forget a set of rows while it keeps the rest. ray_unlearn searched over trials and merges; "
+        f"{_code(final['choice'])} was chosen, {kind}.\n",
+        f"Final score: {_number(target.final)} before, {_number(best.final)} after.\n",
+        *([f"Rule of the choice: {_text(final['rule'])}\n"] if final.get("rule") else []),
+    ]
+
+
+def _scores(target: Scores, best: Scores, reference: Scores | None) -> list[str]:
+    head = ("measure", "meaning", "rows", "before", "after", *(("retrained",) if reference else ()))
+    lines = ["## Scores\n", "Both models on the same rows and documents.\n"]
+    rows = score_rows(target, best, reference)
+    for group in dict.fromkeys(row.group for row in rows):
+        cells = [
+            (row.name, row.meaning, "" if row.count is None else row.count)
+            + tuple(_number(value) for value in ((row.target, row.best, row.reference)[: 3 if reference else 2]))
+            for row in rows
+            if row.group == group
+        ]
+        lines += [f"### {GROUPS.get(group, group)}\n", *_table(head, cells)]
+    if reference:
+        lines.append("`retrained` is a model trained without the forget set: what perfect forgetting would score.\n")
+    return lines
+
+
+def _candidate(final: dict[str, Any]) -> list[str]:
+    recipe = final.get("recipe") or {}
+    method = _code(recipe.get("method", "not recorded"))
+    if final.get("kind") == "merge":
+        members = ", ".join(_code(member) for member in recipe.get("members", [])) or "not recorded"
+        return ["## Merge recipe\n", f"Method {method}; members {members}.\n", _yaml_block(recipe)]
+    return ["## Method and parameters\n", f"Method {method}, with the trial's configuration:\n", _yaml_block(recipe)]
+
+
+def _documents(counts: dict[str, Any]) -> list[str]:
+    if not counts:
+        return []
+    return [
+        f"Membership test: {counts.get('member', '?')} members; {counts.get('nonmember_final', '?')} unseen documents "
+        f"for the scores above, {counts.get('nonmember_search', '?')} others during the search.\n"
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _text(value: object) -> str:
+    """Text as one line that neither breaks a table nor opens HTML."""
+    escaped = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(escaped.split())
+
+
+def _code(value: object) -> str:
+    return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
+    if not rows:
+        return ["None on record.\n"]
+    lines = [head, ("---",) * len(head), *rows]
+    return ["\n".join("| " + " | ".join(_text(cell) for cell in line) + " |" for line in lines) + "\n"]
+
+
+def _yaml_block(value: Any) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    # a fence longer than any run of backticks inside cannot be closed by the text
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}yaml\n{text}{fence}\n"

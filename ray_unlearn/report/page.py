@@ -1,0 +1,255 @@
+"""The report as one HTML page: gathers what the template shows, and says what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
+from ray_unlearn.report import figures
+from ray_unlearn.report.run import Run
+from ray_unlearn.report.table import GROUPS, score_rows
+
+SHOWN_CANDIDATES = 60
+
+
+def render(run: Run) -> str:
+    """The page's HTML. Every value goes through autoescaping."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=_number, signed=_signed, duration=_duration)
+    final = run.final or {}
+    model = str((run.about["job"].get("model") or {}).get("path") or "model not named")
+    view: dict[str, Any] = {
+        "title": f"Unlearning of {model.rstrip('/').rpartition('/')[2]}",
+        "run": run,
+        "model": model,
+        "final": final,
+        "verdict": _verdict(run),
+        "missing": _missing(run),
+        "facts": _facts(run),
+        "scores": _score_groups(run),
+        "has_reference": bool(final.get("reference")),
+        "planes": _planes(run),
+        "recipes": _recipes(run),
+        "candidates": _candidate_rows(run),
+        "shown": SHOWN_CANDIDATES,
+        "failures": _failures(run),
+        "examples": _examples(final),
+        "job_yaml": _yaml(run.about["job"]),
+        "recipe_yaml": _yaml(final.get("recipe") or {}),
+        "seconds": (run.summary or {}).get("seconds") or {},
+        **_courses(run),
+    }
+    return environment.get_template("page.html.jinja").render(view)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _verdict(run: Run) -> dict[str, str]:
+    """One sentence on how the run came out, and the tone of its box: good, poor or open."""
+    if run.final is None:
+        return {"tone": "open", "text": _unfinished(run)}
+    target, best = Scores.from_json(run.final["target"]), Scores.from_json(run.final["best"])
+    start = f"The chosen {run.final['kind']} {run.final['choice']}"
+    if best.final is None or target.final is None:
+        return {"tone": "open", "text": f"{start} has no final score to compare: a part of it was not measured."}
+    gain = best.final - target.final
+    word = "above" if gain > 0 else "below" if gain < 0 else "the same as"
+    compared = f"{start} scores {best.final:.3f}, {word} the target's {target.final:.3f}"
+    allowed = run.feasible(best, target)
+    if allowed is None:
+        return {"tone": "open", "text": f"{compared}; whether it is feasible is not known: no utility floor."}
+    least = (run.floor or 0) * (target.utility or 0)
+    bound = f"its utility of {best.utility:.3f} is {'above' if allowed else 'not above'} the floor of {least:.3f}"
+    text = f"{compared}, and it is {'feasible' if allowed else 'not feasible'}: {bound} ({run.floor:g} × the target's)."
+    return {"tone": "good" if allowed and gain > 0 else "poor", "text": text}
+
+
+def _unfinished(run: Run) -> str:
+    """The verdict of a run that has chosen nothing yet."""
+    scored = [(c.scores.final, c.id) for c in run.candidates if c.scores.final is not None]
+    if not scored:
+        return "Nothing has been chosen: this run has no scored candidate yet."
+    final, identity = max(scored)
+    text = f"Nothing has been chosen yet. The highest final score so far is {final:.3f}, of {identity}"
+    if run.baseline is not None and run.baseline.final is not None:
+        text += f"; the target scores {run.baseline.final:.3f} on the same documents"
+    return f"{text}."
+
+
+def _missing(run: Run) -> list[str]:
+    """What a finished run would have and this one has not, in plain words."""
+    statuses = Counter(trial.status for trial in run.trials)
+    notes = [
+        (run.baseline is None, "baseline.json: the target has not been scored, so no utility floor is drawn."),
+        (not run.trials, "Trials: none has ended yet."),
+        (
+            bool(run.trials) and statuses["failed"] == len(run.trials),
+            f"Trials: all {len(run.trials)} on record failed; see the reasons below.",
+        ),
+        (not run.merges, "Merges: none on record."),
+        (
+            bool(run.merges) and all(merge.status == "failed" for merge in run.merges),
+            f"Merges: all {len(run.merges)} on record failed; see the reasons below.",
+        ),
+        (run.front is None, "front.json: the front has not been computed."),
+        (run.final is None, "final.json: no candidate has been chosen and scored on unseen MIA documents."),
+        (run.summary is None, "summary.json: the run has not ended, so there are no seconds by stage."),
+    ]
+    return [text for absent, text in notes if absent]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The counts at the head of the page."""
+    facts = []
+    for noun, records in (("trial", run.trials), ("merge", run.merges)):
+        statuses = Counter(record.status for record in records)
+        parts = ", ".join(f"{statuses[s]} {s}" for s in ("finished", "stopped", "failed") if statuses[s])
+        facts.append((_count(len(records), noun), parts or "none on record"))
+    facts.append((_count(len(run.candidates), "candidate"), "snapshots and merges with scores"))
+    if run.front is not None:
+        without = _number(run.front.get("hypervolume_trials"))
+        facts.append((f"{len(run.front_ids)} on the front", "no other is at least as good in all three objectives"))
+        facts.append((_number(run.front.get("hypervolume")), f"hypervolume of the front; without merges {without}"))
+    return facts
+
+
+def _score_groups(run: Run) -> list[dict[str, Any]]:
+    """Target against best; before the end, the target alone on the documents of the search."""
+    final = run.final
+    if final is None:
+        rows = score_rows(run.baseline, None) if run.baseline else []
+    else:
+        parts = [Scores.from_json(final[key]) if final.get(key) else None for key in ("target", "best", "reference")]
+        rows = score_rows(*parts)
+    groups = dict.fromkeys(row.group for row in rows)
+    return [{"name": GROUPS.get(group, group), "rows": [r for r in rows if r.group == group]} for group in groups]
+
+
+def _planes(run: Run) -> list[figures.Picture]:
+    if not run.candidates and run.baseline is None:
+        return []
+    return figures.planes(
+        run.candidates,
+        target=run.baseline,
+        infeasible={c.id for c in run.candidates if run.feasible(c.scores) is False},
+        front=set(run.front_ids),
+        choice=run.choice,
+        least_utility=run.least_utility,
+    )
+
+
+def _courses(run: Run) -> dict[str, Any]:
+    """The figure of the courses and the trials it highlights, with why."""
+    drawn = [trial for trial in run.trials if trial.status != "failed" and trial.snapshots]
+    owners = {snapshot.id: trial.id for trial in drawn for snapshot in trial.snapshots}
+    recipe = (run.final or {}).get("recipe") or {}
+    if run.choice in owners:
+        why, wanted = "the trial of the choice", [owners[run.choice]]
+    elif run.choice is not None:
+        why = "the trials that the chosen merge was made of"
+        wanted = [owners[member] for member in recipe.get("members", []) if member in owners]
+    else:
+        scored = [(s.scores.final, trial.id) for trial in drawn for s in trial.snapshots if s.scores.final is not None]
+        why, wanted = "the trial with the highest final so far", [max(scored)[1]] if scored else []
+    unique = list(dict.fromkeys(wanted))
+    colours = {trial: figures.HIGHLIGHTS[i % len(figures.HIGHLIGHTS)] for i, trial in enumerate(unique)}
+    pictures = (
+        figures.courses(
+            drawn,
+            target=run.baseline,
+            highlighted=colours,
+            choice=run.choice,
+            least_utility=run.least_utility,
+        )
+        if drawn
+        else []
+    )
+    return {"courses": pictures, "highlighted": colours, "highlighted_why": why}
+
+
+def _recipes(run: Run) -> list[figures.Picture]:
+    finals = [
+        c.scores.final for c in run.candidates if not isinstance(c.record, MergeRecord) and c.scores.final is not None
+    ]
+    return figures.recipes(run.merges, best_snapshot=max(finals, default=None), choice=run.choice)
+
+
+def _candidate_rows(run: Run) -> list[dict[str, Any]]:
+    """All candidates: the front's members first, then by final; the template cuts the list."""
+    front = set(run.front_ids)
+
+    def place(candidate: Candidate) -> tuple[bool, float, str]:
+        final = candidate.scores.final
+        return candidate.id not in front, -(final if final is not None else -1.0), candidate.id
+
+    return [
+        {
+            "id": candidate.id,
+            "kind": "merge" if isinstance(candidate.record, MergeRecord) else "snapshot",
+            "method": _method(candidate),
+            "scores": candidate.scores,
+            "feasible": {True: "yes", False: "no", None: "not known"}[run.feasible(candidate.scores)],
+            "front": candidate.id in front,
+            "choice": candidate.id == run.choice,
+        }
+        for candidate in sorted(run.candidates, key=place)
+    ]
+
+
+def _method(candidate: Candidate) -> str:
+    if isinstance(candidate.record, MergeRecord):
+        recipe = candidate.record.recipe
+        return f"{recipe.get('method', '–')} of {len(recipe.get('members', []))}"
+    return str(candidate.record.config.get("method", "–"))
+
+
+def _failures(run: Run) -> list[TrialRecord | MergeRecord]:
+    records: list[TrialRecord | MergeRecord] = [*run.trials, *run.merges]
+    return [record for record in records if record.status != "finished"]
+
+
+def _examples(final: dict[str, Any]) -> list[dict[str, Any]]:
+    examples = final.get("examples") or []
+    notes = {
+        "forget": "These rows should be forgotten: after, the answer should no longer be the expected text.",
+        "retain": "These rows should be kept: after, the answer should still be the expected text.",
+    }
+    return [
+        {"split": split, "note": note, "rows": [e for e in examples if e["split"] == split]}
+        for split, note in notes.items()
+        if any(e["split"] == split for e in examples)
+    ]

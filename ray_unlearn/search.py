@@ -1,0 +1,348 @@
+"""The search over trials and its storage. The only owner of ray.tune and optuna."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
+from ray_unlearn.config import TrialConfig, to_dict
+from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.executor import Handle, events
+from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.pareto import OBJECTIVES
+from ray_unlearn.records import MergeRecord, Scores, TrialRecord, load_records
+from ray_unlearn.spaces import SAMPLES_CHECKED, Space, trial_config
+
+TRIALS_STUDY, MERGES_STUDY = "trials", "merges"
+UTILITY_CONSTRAINT = "utility_floor"
+HEAD = "node:__internal_head__"
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+# -- studies -------------------------------------------------------------------------------------
+
+
+def open_study(storage: str, name: str, seed: int, startup: int) -> optuna.Study:
+    """The study of that name in the RDB storage, made when new: three objectives, all maximised.
+
+    TPE over all parameters jointly, with conditional ones in groups. A resumed study draws from
+    another stream than its beginning did, or it would propose its first points again.
+    """
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    backend = _storage(storage)
+    study = optuna.create_study(
+        storage=backend, study_name=name, directions=["maximize"] * len(OBJECTIVES), load_if_exists=True
+    )
+    study.sampler = _sampler(seed + len(study.trials), startup)
+    return study
+
+
+def _storage(url: str) -> Any:
+    try:
+        return optuna.storages.RDBStorage(url)
+    except Exception as error:
+        raise InputError(f"search.storage {url!r} cannot be opened: {error}") from error
+
+
+def _sampler(seed: int, startup: int) -> Any:
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
+    )
+
+
+def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:
+    """The one vector that Optuna is told for a trial: its feasible snapshot with the highest final, else the
+    snapshot with the highest utility, which the constraint then marks as infeasible."""
+    scored = [snapshot.scores for snapshot in record.snapshots]
+    feasible = [scores for scores in scored if (scores.utility or 0.0) > utility_floor]
+    if feasible:
+        return max(feasible, key=lambda scores: scores.final or 0.0)
+    return max(scored, key=lambda scores: scores.utility or 0.0, default=None)
+
+
+def tell_record(study: optuna.Study, number: int, record: TrialRecord, utility_floor: float) -> None:
+    """Tells a trial's outcome: values and the utility constraint, or FAIL when it failed."""
+    scores = best_scores(record, utility_floor) if record.status != "failed" else None
+    tell(study, number, scores, utility_floor, {"record": record.id, "status": record.status})
+
+
+def tell(
+    study: optuna.Study, number: int, scores: Scores | None, utility_floor: float, attributes: dict[str, Any]
+) -> None:
+    """Tells Optuna three numbers and how far utility is from its floor (at most 0 is feasible), or FAIL."""
+    trial = study.trials[number]
+    handle = optuna.trial.Trial(study, trial._trial_id)
+    for name, value in attributes.items():
+        handle.set_user_attr(name, value)
+    if scores is None or not all(math.isfinite(value) for value in scores.objectives()):
+        study.tell(number, state=TrialState.FAIL)
+        return
+    handle.set_constraint(UTILITY_CONSTRAINT, utility_floor - scores.objectives()[2])
+    study.tell(number, list(scores.objectives()))
+
+
+# -- the search over trials ----------------------------------------------------------------------
+
+
+def check_space(
+    space: Space, seed: int, points: Sequence[dict[str, Any]] = (), ranges: Sequence[str] = ()
+) -> list[TrialConfig]:
+    """Samples the space without a storage and builds every TrialConfig; raises InputError for an unknown parameter,
+    in what the space returns, in the job's first points or in its ranges.
+
+    Returns the samples, from which the disk that snapshots may need is worked out.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    try:
+        configs = [trial_config(space(study.ask())) for _ in range(SAMPLES_CHECKED)]
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the search space fails when asked for a trial: {type(error).__name__}: {error}") from error
+    asked = {name for trial in study.trials for name in trial.params}
+    unknown = sorted(name for point in points for name in point if name not in asked)
+    if unknown:
+        raise unknown_name("parameter in search.first_points:", unknown[0], asked)
+    unused = sorted(name for name in ranges if name not in asked)
+    if unused:
+        raise unknown_name("parameter in search.ranges:", unused[0], asked)
+    return configs
+
+
+class TrialSearch(OptunaSearch):
+    """OptunaSearch whose trials are told from their records: constraint set, failed ones FAIL, names from numbers.
+
+    On its own it would tell stopped trials COMPLETE, and leave those with a missing value RUNNING for ever.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, records: Callable[[str], TrialRecord | None], floor: float):
+        super().__init__(
+            space=lambda trial: {"config": space(trial)},  # what was suggested is not yet what is configured
+            metric=list(OBJECTIVES),
+            mode=["max"] * len(OBJECTIVES),
+            sampler=study.sampler,
+            storage=study._storage,
+            study_name=study.study_name,
+        )
+        self._records, self._floor = records, floor
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        suggested = super().suggest(trial_id) or {}
+        name = f"trial-{self._ot_trials[trial_id].number:04d}"
+        return {"id": name, "config": to_dict(trial_config(suggested["config"]))}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's own checkpoints are not used: a run resumes from its records and the study's storage."""
+        Path(checkpoint_path).touch()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id in self._completed_trials:
+            return
+        number = self._ot_trials[trial_id].number
+        record = self._records(f"trial-{number:04d}")
+        if record is None:
+            tell(self._ot_study, number, None, self._floor, {"status": "failed"})
+        else:
+            tell_record(self._ot_study, number, record, self._floor)
+        self._completed_trials.add(trial_id)
+
+
+def _drive(assigned: dict[str, Any], handle: Handle) -> None:
+    """The Tune function of one trial: runs it through the executor and relays what it reports."""
+    last: dict[str, Any] = {}
+    for name, content in events(handle, assigned["id"], assigned["config"]):
+        if name == "snapshot":
+            last = content
+            tune.report(content)
+        else:
+            tune.report({**last, "status": content["status"], "reason": content["reason"]})
+
+
+class Announcer(tune.Callback):
+    """Tells the user how each trial goes, a line at a time."""
+
+    def __init__(self, log: Callable[[str], None], advance: Callable[[], None]) -> None:
+        self.log, self.advance = log, advance
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        name = trial.config["id"]
+        if "status" in result:
+            reason = f": {result['reason']}" if result["reason"] else ""
+            self.log(f"{name} {result['status']}{reason}")
+            self.advance()
+        else:
+            shown = ", ".join(f"{key} {result[key]:.3f}" for key in (*OBJECTIVES, "final") if key in result)
+            self.log(f"{name} step {result['step']}: {shown}")
+
+
+def recover(study: optuna.Study, run_dir: Path, utility_floor: float) -> int:
+    """Brings a study that a killed driver left in line with the records; returns how many trials are to be redone.
+
+    A RUNNING trial with a record is told its outcome. One without is told FAIL, and its parameters
+    are queued again, so that the trial in flight restarts.
+    """
+    records = {record.id: record for record in load_records(run_dir)[0]}
+    redone = 0
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        record = records.get(f"trial-{trial.number:04d}")
+        if record is not None:
+            tell_record(study, trial.number, record, utility_floor)
+        else:
+            study.tell(trial.number, state=TrialState.FAIL)
+            shutil.rmtree(run_dir / "snapshots" / f"trial-{trial.number:04d}", ignore_errors=True)
+            if trial.params:
+                study.enqueue_trial(trial.params, user_attrs={"restarts": trial.number})
+                redone += 1
+    return redone
+
+
+def search_trials(
+    study: optuna.Study,
+    space: Space,
+    handle: Handle,
+    run_dir: Path,
+    *,
+    num_trials: int,
+    utility_floor: float,
+    log: Callable[[str], None],
+    advance: Callable[[], None],
+) -> None:
+    """Runs trials until the run has `num_trials` records, at most `concurrency` side by side."""
+
+    def find(name: str) -> TrialRecord | None:
+        return next((record for record in load_records(run_dir)[0] if record.id == name), None)
+
+    missing = num_trials - len(load_records(run_dir)[0])
+    if missing <= 0:
+        return
+    concurrency = handle.resources.concurrency
+    searcher = TrialSearch(study, space, find, utility_floor)
+    # The drivers only wait. They take no CPU, or on a small machine they would keep the workers from
+    # starting; and they stay on the head, which is not a node that a cluster takes away.
+    drive = tune.with_resources(tune.with_parameters(_drive, handle=handle), {"cpu": 0, HEAD: 0.001})
+    results = tune.Tuner(
+        drive,
+        tune_config=tune.TuneConfig(
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=concurrency), num_samples=missing, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            storage_path=handle.storage,
+            name=f"tune-{len(study.trials):04d}",
+            verbose=0,
+            callbacks=[Announcer(log, advance)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    ).fit()
+    for result in results:
+        if result.error is not None:
+            log(f"a trial's driver failed: {result.error}")
+
+
+def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
+    """Queues the first points of a new study; a study that has trials keeps what it has."""
+    if not study.trials:
+        for point in points:
+            study.enqueue_trial(point)
+
+
+# -- the search over merges ----------------------------------------------------------------------
+
+
+def suggest_merge(trial: Any, pool: Sequence[str], methods: Sequence[str], max_members: int) -> MergeRecipe:
+    """A merge of 2 to `max_members` of the pool, which is sorted by MIA AUC so that near numbers mean near models.
+
+    A member drawn twice gives way to the next one that is free.
+    """
+    most = min(max_members, len(pool))
+    count = trial.suggest_int("members", 2, most) if most > 2 else most
+    taken: list[int] = []
+    for place in range(count):
+        index = trial.suggest_int(f"member_{place}", 0, len(pool) - 1)
+        while index in taken:
+            index = (index + 1) % len(pool)
+        taken.append(index)
+    method = trial.suggest_categorical("method", list(methods)) if len(methods) > 1 else methods[0]
+    density = 1.0
+    if MERGES[method].uses_density:
+        density = trial.suggest_float("density", 0.2, 1.0)
+    # Only the ratios of weights matter to normalised methods: the first is the unit, lambda the length.
+    weights = [1.0] + [trial.suggest_float(f"weight_{place}", 0.1, 10.0, log=True) for place in range(1, count)]
+    total = sum(weights)
+    return MergeRecipe(
+        method=method,
+        members=[pool[index] for index in taken],
+        weights=[weight / total for weight in weights],
+        densities=[density] * count,
+        lambda_=trial.suggest_float("lambda", 0.6, 1.4),
+    )
+
+
+def first_merges(aucs: Sequence[float], methods: Sequence[str], max_members: int) -> list[dict[str, Any]]:
+    """First points over a pool sorted by AUC: both ends, then neighbours from 0.5 outwards, at ZJUKLAB's density."""
+    last = len(aucs) - 1
+    pairs = [(0, last)] + sorted(
+        ((index, index + 1) for index in range(last)), key=lambda pair: abs(aucs[pair[0]] + aucs[pair[1]] - 1)
+    )
+    common: dict[str, Any] = {"density": 0.8, "weight_1": 1.0, "lambda": 1.0}
+    if len(methods) > 1:
+        common["method"] = methods[0]
+    if min(max_members, len(aucs)) > 2:
+        common["members"] = 2
+    return [{"member_0": a, "member_1": b, **common} for a, b in dict.fromkeys(pairs)]
+
+
+def search_merges(
+    study: optuna.Study,
+    pool: Sequence[str],
+    score: Sequence[Callable[[MergeRecipe], Any]],
+    save: Callable[[str, MergeRecipe, Scores | None, str, float], None],
+    *,
+    missing: int,
+    methods: Sequence[str],
+    max_members: int,
+    utility_floor: float,
+) -> None:
+    """Asks for `missing` merges and scores them, one at a time on each of the scorers.
+
+    A scorer takes a recipe and returns a Ray reference to Scores. `save` writes the record before
+    the study is told, so that a killed driver finds its outcome again.
+    """
+    free = list(score)
+    running: dict[Any, tuple[int, MergeRecipe, Callable[[MergeRecipe], Any], float]] = {}
+    while missing > 0 or running:
+        while missing > 0 and free:
+            trial = study.ask()
+            recipe = suggest_merge(trial, pool, methods, max_members)
+            scorer = free.pop(0)
+            running[scorer(recipe)] = (trial.number, recipe, scorer, time.monotonic())
+            missing -= 1
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        number, recipe, scorer, began = running.pop(done)
+        free.append(scorer)
+        name, scores, reason = f"merge-{number:04d}", None, ""
+        try:
+            scores = ray.get(done)
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+        save(name, recipe, scores, reason, time.monotonic() - began)
+        tell(study, number, scores, utility_floor, {"record": name})
+
+
+def recover_merges(study: optuna.Study, records: Sequence[MergeRecord], utility_floor: float) -> None:
+    """Tells the outcome of merges that a killed driver had scored but not told; FAIL for those it was scoring."""
+    known = {record.id: record for record in records}
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        record = known.get(f"merge-{trial.number:04d}")
+        tell(study, trial.number, record.scores if record else None, utility_floor, {})

@@ -1,0 +1,137 @@
+"""The choice: which candidate is delivered, its directory and card, and its score on documents the search never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.actor import Merger
+from ray_unlearn.merging.writer import write_merge
+from ray_unlearn.models import load_model, load_tokenizer, save_model
+from ray_unlearn.pipeline import Run
+from ray_unlearn.records import Candidate, MergeRecord, TrialRecord, versions, write_json, write_text
+from ray_unlearn.report import model_card
+from ray_unlearn.stages import score_models
+from ray_unlearn.tuning import read_snapshot
+
+AGREEMENT = 1e-5
+"""How far mergekit's weights may be from the merge that was scored."""
+
+
+def choose(members: Sequence[Candidate], weights: Sequence[float]) -> Candidate:
+    """The candidate with the highest weighted mean of the three objectives; of equal ones, the first by id.
+
+    The maximum over all feasible candidates is on the front, whatever the (non-negative) weights.
+    """
+
+    def value(candidate: Candidate) -> float:
+        return sum(w * x for w, x in zip(weights, candidate.scores.objectives(), strict=True)) / sum(weights)
+
+    return min(members, key=lambda candidate: (-value(candidate), candidate.id))
+
+
+def deliver(run: Run, choice: Candidate) -> None:
+    """Writes best/, scores it beside the target on unseen documents, then its card, then final.json."""
+    difference = write_best(run, choice)
+    paths = [run.model_path, str(run.dir / "best")] + ([run.reference_path] if run.reference_path else [])
+    (target, before), (best, after), *reference = score_models(run, paths, run.inputs.final_set)
+    weights = run.job.selection.weights
+    even = len(set(weights)) == 1
+    rule = "highest final among feasible candidates" if even else f"highest mean of the objectives, weighted {weights}"
+    data = run.inputs.final_set
+    final: dict[str, Any] = {
+        "choice": choice.id,
+        "kind": "snapshot" if choice.snapshot else "merge",
+        "rule": rule,
+        "recipe": recipe_of(choice),
+        "target": target.to_json(),
+        "best": best.to_json(),
+        "examples": examples(run, before, after),
+        "mia_documents": {
+            "member": len(data.members),
+            "nonmember_search": len(run.inputs.search_set.nonmembers),
+            "nonmember_final": len(data.nonmembers),
+        },
+    }
+    if reference:
+        final["reference"] = reference[0][0].to_json()
+    if difference is not None:
+        final["mergekit_max_difference"] = difference
+    job = yaml.safe_load((run.dir / "job.yaml").read_text())
+    write_text(run.dir / "best" / "README.md", model_card(job, final, target, versions()))
+    write_json(run.dir / "final.json", final)
+
+
+def recipe_of(choice: Candidate) -> dict[str, Any]:
+    """How to make the candidate again: a merge's recipe, or a trial's config and the step of the snapshot."""
+    if isinstance(choice.record, TrialRecord):
+        assert choice.snapshot is not None
+        return {**choice.record.config, "snapshot_step": choice.snapshot.step}
+    return choice.record.recipe
+
+
+def write_best(run: Run, choice: Candidate) -> float | None:
+    """Writes best/ as a plain Hugging Face directory; for a merge, through mergekit, returning the largest
+    difference from the weights that were scored. Raises RuntimeError when that is above 1e-5."""
+    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
+    recipe = _as_merge(choice)
+    members = {name: read_snapshot(run.dir / "snapshots" / name) for name in dict.fromkeys(recipe.members)}
+    out = run.dir / "best"
+    if choice.snapshot is not None:
+        _merger(run, model, tokenizer, members).merge(recipe)
+        save_model(model, tokenizer, out)
+        return None
+    write_merge(recipe, model, tokenizer, members, out)
+    _merger(run, model, tokenizer, members).merge(recipe)
+    written = dict(load_model(str(out)).named_parameters())
+    difference = max(float((parameter - written[name]).detach().abs().max()) for name, parameter in model.named_parameters())
+    if not difference <= AGREEMENT:
+        raise RuntimeError(
+            f"mergekit's weights of {choice.id} are {difference:.2e} from those that were scored; at most "
+            f"{AGREEMENT:g} is accepted. best/ holds mergekit's."
+        )
+    return difference
+
+
+def _as_merge(choice: Candidate) -> MergeRecipe:
+    """A snapshot is a merge of itself alone."""
+    if isinstance(choice.record, MergeRecord):
+        return MergeRecipe(**choice.record.recipe)
+    return MergeRecipe(method="task_arithmetic", members=[choice.id], weights=[1.0], densities=[1.0])
+
+
+def _merger(run: Run, model: Any, tokenizer: Any, members: dict[str, dict[str, bytes]]) -> Merger:
+    from ray_unlearn.trial import Bench
+
+    settings = run.job.evaluation.settings()
+    bench = Bench(
+        model=model, tokenizer=tokenizer, forget=(), retain=(), eval_set=run.inputs.final_set, eval_settings=settings
+    )
+    return Merger(bench, members)
+
+
+def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+    """The first rows of each split, task and kind, with what the two models generated."""
+    rows = [("forget", e) for e in run.inputs.forget] + [("retain", e) for e in run.inputs.retain]
+    shown: dict[tuple[str, str, str], int] = {}
+    picked = []
+    for (split, row), old, new in zip(rows, before, after, strict=True):
+        cell = (split, row.task, row.kind)
+        shown[cell] = shown.get(cell, 0) + 1
+        if shown[cell] <= run.job.selection.examples:
+            picked.append(
+                {
+                    "split": split,
+                    "id": row.id,
+                    "task": row.task,
+                    "kind": row.kind,
+                    "input": row.input,
+                    "expected": row.output,
+                    "before": old,
+                    "after": new,
+                }
+            )
+    return picked

@@ -1,0 +1,241 @@
+"""The stages of a run between its inputs and its report; each starts from the records and does what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from ray_unlearn import search as searching
+from ray_unlearn.executor import Executor
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.actor import MergeActor
+from ray_unlearn.merging.writer import remove_leftovers
+from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
+from ray_unlearn.pipeline import Run, read_json
+from ray_unlearn.records import (
+    Candidate,
+    MergeRecord,
+    Scores,
+    candidates,
+    load_records,
+    save_record,
+    versions,
+    write_json,
+)
+from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
+from ray_unlearn.spaces import Space
+from ray_unlearn.tuning import read_snapshot
+from ray_unlearn.workbench import BenchSpec, ModelSource
+
+check_space = searching.check_space
+
+
+def baseline(run: Run) -> Scores:
+    """The untouched target on the search's data; baseline.json."""
+    path = run.dir / "baseline.json"
+    if not path.exists():
+        ((scores, _),) = score_models(run, [run.model_path], run.inputs.search_set)
+        write_json(path, scores.to_json())
+    scores = Scores.from_json(read_json(path))
+    run.progress.line(f"target: {_shown(scores)}")
+    return scores
+
+
+def score_models(run: Run, paths: Sequence[str], eval_set: EvalSet) -> list[tuple[Scores, list[str]]]:
+    """Scores and generations of whole models, each in its own Ray task, side by side where there is room."""
+    resources = run.job.resources
+    task = ray.remote(_score).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    settings, threads = run.job.evaluation.settings(), max(1, int(resources.cpus_per_worker))
+    sources = [ModelSource.of(path, run.shared) for path in paths]
+    return ray.get([task.remote(source, eval_set, settings, run.job.model.dtype, threads) for source in sources])
+
+
+def _score(
+    source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
+) -> tuple[Scores, list[str]]:
+    import torch
+
+    from ray_unlearn.models import load_model, load_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    path = source.local()
+    return evaluate_model(load_model(path, dtype).to(device), load_tokenizer(path), eval_set, settings)
+
+
+def bench_spec(run: Run) -> BenchSpec:
+    """What workers and merge actors load."""
+    return BenchSpec(
+        model=ModelSource.of(run.model_path, run.shared),
+        forget=run.inputs.forget,
+        retain=run.inputs.retain,
+        eval_set=run.inputs.search_set,
+        eval_settings=run.job.evaluation.settings(),
+        dtype=run.job.model.dtype,
+        utility_floor=run.floor,
+    )
+
+
+def storage_url(run: Run) -> str:
+    """Where the studies live."""
+    return run.job.search.storage or f"sqlite:///{run.dir / 'study.db'}"
+
+
+def search(run: Run, space: Space) -> None:
+    """Trials until the budget's records are there; the study goes on from where it was."""
+    job = run.job
+    done = len(load_records(run.dir)[0])
+    if done >= job.search.trials:
+        run.progress.line(f"search: {done} trials were done before")
+        return
+    study = searching.open_study(storage_url(run), searching.TRIALS_STUDY, job.seed, job.search.startup)
+    redone = searching.recover(study, run.dir, run.floor)
+    if done or redone:
+        run.progress.line(f"search: {done} trials were done before, {redone} restart")
+    searching.enqueue(study, job.first_points())
+    executor = Executor(run.dir, bench_spec(run), job.resources, run.dir / "ray")
+    run.progress.start("trials", job.search.trials, done)
+    try:
+        searching.search_trials(
+            study,
+            space,
+            executor.handle,
+            run.dir,
+            num_trials=job.search.trials,
+            utility_floor=run.floor,
+            log=run.progress.line,
+            advance=run.progress.advance,
+        )
+    finally:
+        run.progress.finish()
+        executor.close()
+
+
+def feasible_candidates(run: Run) -> list[Candidate]:
+    """All feasible candidates on record, snapshots and merges."""
+    trials, merges = load_records(run.dir)
+    assert run.baseline is not None
+    target, floor = run.baseline.utility or 0.0, run.job.selection.utility_floor
+    return [c for c in candidates(trials, merges) if feasible(c.scores.utility or 0.0, target, floor)]
+
+
+def merge_pool(run: Run) -> list[Candidate]:
+    """Snapshots offered to merges: the front, then the best by final, sorted by MIA AUC."""
+    trials, _ = load_records(run.dir)
+    scored = [c for c in feasible_candidates(run) if c.snapshot is not None]
+    chosen = [scored[i] for i in front([c.scores.objectives() for c in scored])]
+    by_final = sorted(scored, key=lambda c: -(c.scores.final or 0.0))
+    ordered = sorted(chosen, key=lambda c: -(c.scores.final or 0.0)) + [c for c in by_final if c not in chosen]
+    pool = ordered[: run.job.merge.pool]
+    return sorted(pool, key=lambda c: (c.scores.mia_auc or 0.0, c.id))
+
+
+def merge(run: Run) -> None:
+    """Merges until the budget's records are there; needs two feasible snapshots."""
+    plan = run.job.merge
+    done = load_records(run.dir)[1]
+    pool = merge_pool(run)
+    missing = plan.candidates - len(done)
+    if missing <= 0 or len(pool) < 2:
+        reason = f"only {len(pool)} feasible snapshots" if missing > 0 else f"{len(done)} were done before"
+        run.progress.line(f"merges: {reason}")
+        return
+    study = searching.open_study(storage_url(run), searching.MERGES_STUDY, run.job.seed, plan.startup)
+    searching.recover_merges(study, done, run.floor)
+    searching.enqueue(
+        study, searching.first_merges([c.scores.mia_auc or 0.0 for c in pool], plan.methods, plan.max_members)
+    )
+    resources = run.job.resources
+    threads = max(1, int(resources.cpus_per_worker))
+    actor = ray.remote(MergeActor).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    spec = ray.put(bench_spec(run))
+    members = ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot})
+    actors = [actor.remote(spec, members, threads) for _ in range(min(resources.concurrency, missing))]
+    run.progress.start("merges", plan.candidates, len(done))
+
+    def save(name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
+        record = MergeRecord(
+            id=name,
+            status="finished" if scores else "failed",
+            recipe=dataclasses.asdict(recipe),
+            scores=scores,
+            reason=reason,
+            seconds=seconds,
+            versions=versions(),
+        )
+        save_record(run.dir, record)
+        run.progress.line(f"{name}: {_shown(scores) if scores else 'failed: ' + reason}")
+        run.progress.advance()
+
+    try:
+        searching.search_merges(
+            study,
+            [c.id for c in pool],
+            [each.score.remote for each in actors],
+            save,
+            missing=missing,
+            methods=plan.methods,
+            max_members=plan.max_members,
+            utility_floor=run.floor,
+        )
+    finally:
+        run.progress.finish()
+        for each in actors:
+            ray.kill(each)
+
+
+def write_front(run: Run) -> list[Candidate]:
+    """front.json over all feasible candidates; returns the front, best final first."""
+    everything = feasible_candidates(run)
+    points = [c.scores.objectives() for c in everything]
+    members = sorted((everything[i] for i in front(points)), key=lambda c: -(c.scores.final or 0.0))
+    trials_only = [c.scores.objectives() for c in everything if c.snapshot is not None]
+    write_json(
+        run.dir / "front.json",
+        {
+            "reference_point": list(REFERENCE_POINT),
+            "hypervolume": hypervolume(points),
+            "hypervolume_trials": hypervolume(trials_only),
+            "members": [
+                {
+                    "id": c.id,
+                    "kind": "snapshot" if c.snapshot else "merge",
+                    **dict(zip(("task_aggregate", "mia_score", "utility"), c.scores.objectives(), strict=True)),
+                    "final": c.scores.final,
+                }
+                for c in members
+            ],
+        },
+    )
+    return members
+
+
+def select(run: Run) -> str | None:
+    """Chooses, writes best/, scores it on unseen documents, and records the choice; None when nothing is feasible."""
+    from ray_unlearn import selection
+
+    remove_leftovers(run.dir)
+    members = write_front(run)
+    if not members:
+        return None
+    choice = selection.choose(members, run.job.selection.weights)
+    run.progress.line(f"chosen: {choice.id} ({_shown(choice.scores)})")
+    final = read_json(run.dir / "final.json")
+    if final is None or final["choice"] != choice.id or not (run.dir / "best").exists():
+        selection.deliver(run, choice)
+    return choice.id
+
+
+def _shown(scores: Scores) -> str:
+    names = ("task_aggregate", "mia_score", "utility", "final")
+    return ", ".join(f"{name} {getattr(scores, name):.3f}" for name in names if getattr(scores, name) is not None)
+
+
+def snapshot_dir(run_dir: Path, candidate: Candidate) -> Path:
+    """Folder of a snapshot candidate's weights."""
+    assert candidate.snapshot is not None
+    return run_dir / candidate.snapshot.path

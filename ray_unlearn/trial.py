@@ -1,0 +1,301 @@
+"""One unlearning trial: config in, events out. The loop that every worker of a trial runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ray_unlearn.config import TrialConfig
+from ray_unlearn.data import Batch, Encoded, collate, cut, encode
+from ray_unlearn.engine import Engine
+from ray_unlearn.losses import METHODS
+from ray_unlearn.losses.ascent import cross_entropy, gradient_ascent
+from ray_unlearn.losses.distillation import kl_divergence
+from ray_unlearn.losses.preference import npo
+from ray_unlearn.models import context_length
+from ray_unlearn.records import Example, Scores
+from ray_unlearn.schedule import Step, plan, snapshot_steps
+from ray_unlearn.scoring import EvalSet, EvalSettings, Shard, evaluate_model
+from ray_unlearn.tuning import Tuned
+
+HOPELESS_UTILITY = 0.5
+"""Share of the utility floor below which, at two snapshots in a row, a trial cannot come back."""
+
+
+class Worker(Protocol):
+    """What a trial needs of the process group it runs in."""
+
+    rank: int
+    world: int
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All ranks' lists, joined in rank order, on every rank."""
+
+    def agree(self, value: float) -> float:
+        """The smallest value over ranks."""
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Metrics to Ray Train; called by every rank alike."""
+
+    def post(self, event: str, **content: Any) -> None:
+        """An event to the record's keeper; only rank 0's count."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What stays in a worker between trials: base model, tokenizer, data, and what to score on."""
+
+    model: Any
+    tokenizer: Any
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    eval_set: EvalSet
+    eval_settings: EvalSettings
+    dtype: str = "float32"
+    utility_floor: float = 0.0
+    """The utility under which a candidate is not feasible (absolute, not a share)."""
+    _encoded: dict[Any, list[Encoded]] = field(default_factory=dict)
+
+    def rows(self, split: str, eos: bool, max_length: int | None) -> list[Encoded]:
+        """The tokenised rows of a split, made once for each way of tokenising."""
+        limit = min(max_length or 10**9, context_length(self.model))
+        key = (split, eos, limit)
+        if key not in self._encoded:
+            examples = self.forget if split == "forget" else self.retain
+            self._encoded[key] = [cut(encode(self.tokenizer, e.input, e.output, eos), limit) for e in examples]
+        return self._encoded[key]
+
+
+def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
+    """Trains, scores itself at the snapshot points, and posts `started`, `snapshot`s and one `ended`."""
+    began = time.monotonic()
+    random.seed(config.seed)
+    torch.manual_seed(config.seed + worker.rank)
+    forget = bench.rows("forget", config.forget_eos, config.max_length)
+    retain = bench.rows("retain", True, config.max_length)
+    steps = plan(config, len(forget), len(retain))
+    marks = set(snapshot_steps(steps, config.snapshots))
+    tuned = Tuned(bench.model, config)
+    engine = None
+    try:
+        engine = Engine(tuned.model, config, bench.dtype)
+        course = _Course(config, worker, began)
+        for index, step in enumerate(steps):
+            if step.fresh_optimizer and index > 0:
+                engine.reset_optimizer()
+            parts, tokens = _train_step(
+                engine, tuned, config, step, forget, retain, bench.tokenizer.pad_token_id, worker
+            )
+            problem = next((f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)), None)
+            if worker.agree(0.0 if problem else 1.0) < 1.0:
+                worker.post("ended", status="failed", reason=f"step {index + 1}: {problem or 'a rank diverged'}")
+                return
+            course.add(index, parts, tokens)
+            if index in marks:
+                scores = _snapshot(engine, tuned, bench, worker, index, step, course)
+                course.guard(scores, bench.utility_floor)
+            reason = course.stop_reason()
+            if reason and index + 1 < len(steps):
+                worker.post("ended", status="stopped", reason=f"step {index + 1}: {reason}")
+                return
+        worker.post("ended", status="finished", reason="")
+    finally:
+        if engine is not None:
+            engine.close()
+        tuned.release()
+
+
+def _train_step(
+    engine: Engine,
+    tuned: Tuned,
+    config: TrialConfig,
+    step: Step,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    pad_id: int,
+    worker: Worker,
+) -> tuple[dict[str, float], int]:
+    """One optimiser step over this rank's share of the step's rows; returns loss parts and tokens seen.
+
+    The share's losses are weighted so that the average over ranks and micro-batches, which
+    DeepSpeed takes, is the mean over all the step's rows, however they fall on the ranks.
+    """
+    engine.module.train()
+    shares = worker.world * config.micro_batches
+    totals: dict[str, float] = {}
+    tokens = 0
+    norm = None
+    for micro in range(config.micro_batches):
+        slot = worker.rank * config.micro_batches + micro
+        mine = (step.forget[slot::shares], step.retain[slot::shares])
+        weights = tuple(
+            len(part) * shares / len(whole) if whole else 0.0
+            for part, whole in zip(mine, (step.forget, step.retain), strict=True)
+        )
+        rows = [forget[i] for i in mine[0]] + [retain[i] for i in mine[1]]
+        idle = not rows
+        batch = collate(rows or [retain[0]], pad_id, engine.device)
+        loss, parts = step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle)
+        totals = {name: totals.get(name, 0.0) + value / shares for name, value in parts.items()}
+        tokens += 0 if idle else int(batch.attention.sum())
+        if worker.agree(1.0 if math.isfinite(sum(parts.values())) else 0.0) < 1.0:
+            return {**totals, "loss": parts["loss"]}, tokens  # the weights must not see a non-finite gradient
+        engine.backward(loss)
+        norm = engine.step(step.learning_rate)
+    totals["grad_norm"] = norm or 0.0
+    gathered = worker.gather([(totals, tokens)])
+    summed = {name: sum(part[name] for part, _ in gathered) for name in totals if name != "grad_norm"}
+    return {**summed, "grad_norm": totals["grad_norm"]}, sum(count for _, count in gathered)
+
+
+def step_loss(
+    engine: Any,
+    tuned: Tuned,
+    config: TrialConfig,
+    batch: Batch,
+    num_forget: int,
+    weights: tuple[float, ...],
+    idle: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted loss of a batch whose first `num_forget` rows are forget rows, and its parts.
+
+    A batch without forget rows (repair, or a rank whose share holds none) has only retain terms;
+    `idle` marks a dummy batch that takes part in the collective passes and weighs nothing.
+    """
+    method = METHODS[config.method]
+    logits = engine(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1].float()
+    if idle:
+        return logits.sum() * 0.0, {"loss": 0.0}
+    logps = token_logps(logits, batch.ids)
+    reference = _reference_logits(
+        engine, tuned, method.needs_reference, "kl_divergence" in method.retain, batch, num_forget
+    )
+    parts: dict[str, Tensor] = {}
+    if num_forget:
+        mask = batch.mask(config.forget_on)[:num_forget]
+        if method.forget == "npo":
+            ref = token_logps(reference[:num_forget], batch.ids[:num_forget])
+            parts["forget"] = npo(logps[:num_forget], ref, mask, config.npo_beta, config.npo_ratio)
+        else:
+            parts["forget"] = gradient_ascent(logps[:num_forget], mask, config.ascent_bound)
+    if num_forget < len(batch.ids):
+        # Repair is descent on retain rows under any method; a method without retain terms repairs by CE.
+        retain_terms = method.retain or (("cross_entropy",) if not num_forget else ())
+        if "cross_entropy" in retain_terms:
+            parts["retain"] = cross_entropy(logps[num_forget:], batch.mask(config.retain_on)[num_forget:])
+        if "kl_divergence" in retain_terms:
+            parts["kl"] = kl_divergence(logits[num_forget:], reference[num_forget:], batch.document[num_forget:])
+    scale = {
+        "forget": config.forget_weight * weights[0],
+        "retain": (config.retain_weight if "cross_entropy" in method.retain else 1.0) * weights[1],
+        "kl": config.kl_weight * weights[1],
+    }
+    loss = sum((scale[name] * part for name, part in parts.items()), logits.sum() * 0.0)
+    shown = {name: float(part.detach()) * weights[0 if name == "forget" else 1] for name, part in parts.items()}
+    return loss, {"loss": float(loss.detach()), **shown}
+
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """(logits [B,T-1,V], ids [B,T]) -> [B,T-1]: log-probability of each next token."""
+    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def _reference_logits(
+    engine: Any, tuned: Tuned, for_forget: bool, for_retain: bool, batch: Batch, num_forget: int
+) -> Tensor:
+    """Reference logits of all rows if any term needs them; an empty tensor otherwise."""
+    if not (for_forget and num_forget) and not (for_retain and num_forget < len(batch.ids)):
+        return torch.empty(0)
+    with tuned.reference(engine.module) as model:
+        out = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+        return out.logits[:, :-1].float()
+
+
+def _snapshot(
+    engine: Engine, tuned: Tuned, bench: Bench, worker: Worker, index: int, step: Step, course: _Course
+) -> Scores:
+    """Scores the model as it is, keeps its weights, and reports both."""
+    # In stage 3 every forward pass is a collective, so all ranks walk through all rows together.
+    shard = Shard(worker.rank, worker.world, worker.gather) if engine.stage < 3 else Shard()
+    scores, _ = evaluate_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
+    weights = engine.weights(tuned.trainable)
+    files = tuned.files(weights) if worker.rank == 0 else {}
+    metrics = {
+        **course.latest(),
+        **{name: getattr(scores, name) for name in ("task_aggregate", "mia_auc", "mia_score", "utility", "final")},
+    }
+    worker.report({name: value for name, value in metrics.items() if value is not None})
+    worker.post(
+        "snapshot",
+        step=index + 1,
+        phase=step.phase,
+        scores=dataclasses.asdict(scores),
+        files=files,
+        seconds=course.elapsed(),
+        course=course.drain(),
+    )
+    return scores
+
+
+class _Course:
+    """Keeps what a trial has seen of itself, and decides whether it can still come back."""
+
+    def __init__(self, config: TrialConfig, worker: Worker, began: float) -> None:
+        self.config, self.worker, self.began = config, worker, began
+        self.points: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {}
+        self.ticked = time.monotonic()
+        self.low_utility = 0
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def add(self, index: int, parts: dict[str, float], tokens: int) -> None:
+        """Takes one step's numbers; the first step is announced at once, since it ends the trial's start-up."""
+        now = time.monotonic()
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _peak_rss_mb()
+        self.last = {
+            "step": index + 1,
+            **{name: float(f"{value:.6g}") for name, value in parts.items()},
+            "tokens_per_second": round(tokens / max(now - self.ticked, 1e-9), 1),
+            "memory_mb": round(memory, 1),
+        }
+        self.ticked = now
+        self.points.append(self.last)
+        if index == 0:
+            self.worker.post("started", seconds=self.elapsed())
+
+    def latest(self) -> dict[str, Any]:
+        return self.last
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The points since the last call; time spent scoring does not count as training time."""
+        points, self.points = self.points, []
+        self.ticked = time.monotonic()
+        return points
+
+    def guard(self, scores: Scores, utility_floor: float) -> None:
+        low = scores.utility is not None and scores.utility < HOPELESS_UTILITY * utility_floor
+        self.low_utility = self.low_utility + 1 if low else 0
+
+    def stop_reason(self) -> str | None:
+        """Why the trial ends here, the same on all ranks; None to go on."""
+        if self.low_utility >= 2:
+            return "utility under half the floor at two snapshots in a row"
+        limit = self.config.max_seconds
+        if limit is not None and self.worker.agree(-self.elapsed()) < -limit:
+            return f"out of time: {limit:g} s"
+        return None
+
+
+def _peak_rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

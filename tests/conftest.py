@@ -1,0 +1,30 @@
+"""Shared by the tests: one thread, no network, and the tiny embedded benchmark with an untrained model."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from ray_unlearn import benchmark
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """data, tokenizer and a random two-layer OLMo 2; tests that change the model must copy or restore it."""
+    sizes = {"stories": 2, "biographies": 1, "entries": 3, "nonmembers": 6, "facts": 6, "vocabulary": 320}
+    settings = benchmark.EmbeddedSettings(hidden=32, layers=2, **sizes)
+    data = benchmark.make(settings)
+    tokenizer = benchmark.make_tokenizer(data, settings.vocabulary)
+    model = benchmark.make_model(settings, len(tokenizer)).requires_grad_(False).eval()
+    with torch.no_grad():  # norms start at exactly 1 and logits near uniform; make both distinct
+        generator = torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return SimpleNamespace(data=data, tokenizer=tokenizer, model=model, settings=settings)
