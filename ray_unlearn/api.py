@@ -287,5 +287,5 @@ def merge(
     model, tokenizer = load_model(base), load_tokenizer(base)
     files = {name: read_member(Path(name), model) for name in names}
     write_merge(recipe, model, tokenizer, files, Path(out).expanduser().resolve())
-    write_json(Path(out) / "merge.json", {"base": base, **to_dict(recipe)})
+    write_json(Path(out) / "merge.json", {"base": base, **recipe.to_json()})
     return Path(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -74,7 +76,8 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
         options |= {"gguf_file": place.name, "quantization_config": GgufConfig(dequantize=True)}
         name = str(place.parent)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # GGUF's progress bar has no switch
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"the model {path} cannot be loaded: {error}") from error
     if adapter is not None:

@@ -87,7 +87,9 @@ def write_best(run: Run, choice: Candidate) -> float | None:
     write_merge(recipe, model, tokenizer, members, out)
     _merger(run, model, tokenizer, members).merge(recipe)
     written = dict(load_model(str(out)).named_parameters())
-    difference = max(float((parameter - written[name]).detach().abs().max()) for name, parameter in model.named_parameters())
+    difference = max(
+        float((parameter - written[name]).detach().abs().max()) for name, parameter in model.named_parameters()
+    )
     if not difference <= AGREEMENT:
         raise RuntimeError(
             f"mergekit's weights of {choice.id} are {difference:.2e} from those that were scored; at most "
@@ -99,7 +101,7 @@ def write_best(run: Run, choice: Candidate) -> float | None:
 def _as_merge(choice: Candidate) -> MergeRecipe:
     """A snapshot is a merge of itself alone."""
     if isinstance(choice.record, MergeRecord):
-        return MergeRecipe(**choice.record.recipe)
+        return MergeRecipe.from_json(choice.record.recipe)
     return MergeRecipe(method="task_arithmetic", members=[choice.id], weights=[1.0], densities=[1.0])
 
 

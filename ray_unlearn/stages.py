@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,7 +160,7 @@ def merge(run: Run) -> None:
         record = MergeRecord(
             id=name,
             status="finished" if scores else "failed",
-            recipe=dataclasses.asdict(recipe),
+            recipe=recipe.to_json(),
             scores=scores,
             reason=reason,
             seconds=seconds,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -70,6 +71,16 @@ class MergeRecipe:
                 raise InputError(f"a density must be above 0 and at most 1, got {density}.")
         if sum(self.weights) <= 0 and self.method != "task_arithmetic":
             raise InputError(f"the weights of a {self.method} merge must sum to more than 0, got {self.weights}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """As records and cards write it: the field that Python cannot name is `lambda` there."""
+        data = asdict(self)
+        return {**{key: value for key, value in data.items() if key != "lambda_"}, "lambda": self.lambda_}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MergeRecipe:
+        """The inverse of to_json."""
+        return cls(**{"lambda_" if key == "lambda" else key: value for key, value in data.items()})
 
     def combine(self, deltas: list[Tensor]) -> Tensor:
         """The merged delta of one tensor; `deltas` in the order of the members."""

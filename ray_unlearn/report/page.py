@@ -28,7 +28,7 @@ def render(run: Run) -> str:
     )
     environment.filters.update(number=_number, signed=_signed, duration=_duration)
     final = run.final or {}
-    model = str((run.about["job"].get("model") or {}).get("path") or "model not named")
+    model = _model_name(run.about["job"])
     view: dict[str, Any] = {
         "title": f"Unlearning of {model.rstrip('/').rpartition('/')[2]}",
         "run": run,
@@ -51,6 +51,13 @@ def render(run: Run) -> str:
         **_courses(run),
     }
     return environment.get_template("page.html.jinja").render(view)
+
+
+def _model_name(job: dict[str, Any]) -> str:
+    """The given model's path, the base it was made from, or the benchmark that made it."""
+    model, target = job.get("model") or {}, job.get("target") or {}
+    made = f"the {target['benchmark']} benchmark's target" if target.get("benchmark") else target.get("base")
+    return str(model.get("path") or made or "a model not named")
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -203,7 +210,9 @@ def _courses(run: Run) -> dict[str, Any]:
 
 def _recipes(run: Run) -> list[figures.Picture]:
     finals = [
-        c.scores.final for c in run.candidates if not isinstance(c.record, MergeRecord) and c.scores.final is not None
+        c.scores.final
+        for c in run.candidates
+        if not isinstance(c.record, MergeRecord) and c.scores.final is not None and run.feasible(c.scores) is not False
     ]
     return figures.recipes(run.merges, best_snapshot=max(finals, default=None), choice=run.choice)
 
