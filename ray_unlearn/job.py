@@ -124,7 +124,11 @@ class ResourcesPart:
     executor: str = "warm"
     """`warm`: long-lived workers, libraries and base loaded once; `cold`: a Train run for each trial."""
     shared_storage: bool | None = None
-    """Whether all nodes see the model's path and the run's directory; null: only on a cluster this run starts."""
+    """Whether all nodes see the model's path and the run's directory; null: only on a cluster this run starts.
+    Where they do not, models, data and snapshots travel through Ray."""
+    storage: str | None = None
+    """Folder or URI (s3://...) that all nodes can write, for Ray Train's own files; null for the run's directory,
+    which on several nodes must then be shared."""
     dashboard: bool = True
     """Whether a cluster that this run starts gets Ray's dashboard."""
 

@@ -97,6 +97,7 @@ def run(job: Job, out: str | Path, address: str | None = None, progress: Progres
             reference_path=reference_path,
             shared=shared,
         )
+        check_storage(job, shared)
         with stage(out, "baseline"):
             state.baseline = stages.baseline(state)
         with stage(out, "search"):
@@ -194,6 +195,19 @@ def check_disk(out: Path, job: Job, model_path: str, configs: list[Any]) -> None
             f"{out} has {free / 2**30:.2f} GiB free, and the run may need {needed / 2**30:.2f}: "
             f"{count} snapshots of up to {largest / 2**20:.1f} MiB, {members} models of {model_bytes / 2**20:.1f} MiB "
             f"to merge and to write, times {DISK_MARGIN}. Free some, or lower search.trials or snapshots."
+        )
+
+
+def check_storage(job: Job, shared: bool) -> None:
+    """Refuses several nodes without a place that all of them can write: Ray Train needs one."""
+    import ray
+
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and not shared and job.resources.storage is None:
+        raise InputError(
+            f"the cluster has {nodes} nodes, and Ray Train needs a place that all of them can write: set "
+            "resources.storage to a shared folder or an s3:// URI, or resources.shared_storage to true if all nodes "
+            "see the run's directory."
         )
 
 

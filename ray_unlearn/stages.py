@@ -96,7 +96,7 @@ def search(run: Run, space: Space) -> None:
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")
     searching.enqueue(study, job.first_points())
-    executor = Executor(run.dir, bench_spec(run), job.resources, run.dir / "ray")
+    executor = Executor(run.dir, bench_spec(run), job.resources, job.resources.storage or run.dir / "ray")
     run.progress.start("trials", job.search.trials, done)
     try:
         searching.search_trials(

@@ -134,7 +134,7 @@ def test_gradient_of_cross_entropy_and_kl_is_the_formula(dtype_rtol):
     dtype, rtol = dtype_rtol
     logits, ref, ids, mask = made(4, 5, dtype, seed=5)
     logits.requires_grad_(True)
-    share = (mask / mask.sum(1, keepdim=True).clamp(min=1) / len(ids)).to(dtype)[..., None]
+    share = (mask.to(dtype) / mask.sum(1, keepdim=True).clamp(min=1) / len(ids))[..., None]
     p = logits.detach().softmax(-1)
     onehot = torch.nn.functional.one_hot(ids[:, 1:], VOCABULARY).to(dtype)
     for value, expected in (
@@ -358,6 +358,7 @@ def test_step_loss_is_the_weighted_sum_of_the_methods_terms(method, ratio):
     rows = made_rows(7)
     loss, shown = step_loss(engine, tuned, config, collate(rows, 0), 3, (1.0, 1.0))
     loss.backward()
+    assert tuned.base.table.grad is None  # the reference is never trained
     gradient = engine.module.table.grad.clone()
     engine.module.zero_grad()
     parts = plain_parts(config, engine.module, tuned.base, rows[:3], rows[3:])
@@ -368,7 +369,6 @@ def test_step_loss_is_the_weighted_sum_of_the_methods_terms(method, ratio):
     for name, part in parts.items():
         assert shown[name] == pytest.approx(part.item(), rel=1e-5)
     torch.testing.assert_close(gradient, engine.module.table.grad, rtol=1e-4, atol=1e-6)
-    assert tuned.base.table.grad is None
 
 
 @pytest.mark.parametrize("method", METHODS)

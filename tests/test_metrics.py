@@ -1,4 +1,4 @@
-"""The task's metrics by hand-worked examples, their laws, and the score of predictions against a second implementation."""
+"""The metrics by hand-worked examples, their laws, and prediction files against a second implementation."""
 
 from __future__ import annotations
 
@@ -320,7 +320,11 @@ def test_missing_prediction_cells_losses_and_accuracies_are_refused(tmp_path):
     with pytest.raises(InputError, match="demands the shared task's 12 terms"):
         score(path, official=True)
     losses = tmp_path / "l.json"
-    for text, message in (("{}", "must be"), ("{", "is not JSON"), ('{"member": [NaN], "nonmember": [1]}', r"member\[0\]")):
+    for text, message in (
+        ("{}", "must be"),
+        ("{", "is not JSON"),
+        ('{"member": [NaN], "nonmember": [1]}', r"member\[0\]"),
+    ):
         losses.write_text(text)
         with pytest.raises(InputError, match=message):
             score(path, mia=losses)

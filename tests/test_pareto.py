@@ -72,7 +72,9 @@ def inclusion_exclusion(points, reference):
 def test_hypervolume_is_the_volume_of_the_union_of_boxes(seed, size):
     rng = random.Random(seed)
     count = rng.randint(1, 5)
-    points = coarse_points(rng, count, size) if seed % 2 else [[rng.random() for _ in range(size)] for _ in range(count)]
+    points = (
+        coarse_points(rng, count, size) if seed % 2 else [[rng.random() for _ in range(size)] for _ in range(count)]
+    )
     reference = [0.0] * size if seed % 3 else [rng.uniform(0, 0.5) for _ in range(size)]
     assert hypervolume(points, reference) == pytest.approx(inclusion_exclusion(points, reference), abs=1e-12)
 

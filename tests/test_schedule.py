@@ -106,9 +106,7 @@ def test_sugd_is_the_published_example():
 
 
 def test_sugd_restarts_the_linear_decay_in_every_chunk():
-    config = TrialConfig(
-        schedule="sugd", chunk_size=2, batch_size=1, epochs=2, lr_schedule="linear", learning_rate=1.0
-    )
+    config = TrialConfig(schedule="sugd", chunk_size=2, batch_size=1, epochs=2, lr_schedule="linear", learning_rate=1.0)
     rates = [step.learning_rate for step in plan(config, 5, 3)]
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25, 1, 0.5])
 
@@ -175,7 +173,7 @@ def test_snapshots_have_their_count_rise_and_include_the_ends_of_both_phases(for
     steps = course(forget, repair)
     marks = snapshot_steps(steps, count)
     assert len(marks) == min(count, len(steps))
-    assert all(a < b for a, b in pairwise(marks)) and 0 <= marks[0]
+    assert all(a < b for a, b in pairwise(marks)) and marks[0] >= 0
     assert marks[-1] == len(steps) - 1
     if repair and count > 1:
         assert forget - 1 in marks

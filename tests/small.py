@@ -1,0 +1,30 @@
+"""A benchmark and a job small enough for tests that run the real thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.benchmark import EmbeddedSettings
+
+SETTINGS = EmbeddedSettings(
+    stories=3, biographies=1, entries=8, nonmembers=24, facts=8, vocabulary=420, hidden=64, layers=2, epochs=25,
+    learning_rate=5e-3,
+)  # fmt: skip
+
+
+def small_job(cache: Path) -> dict[str, Any]:
+    """Plain values of a job over SETTINGS: every stage, in the smallest number of steps that shows it."""
+    return {
+        "target": {"benchmark": "embedded", "settings": SETTINGS.__dict__, "cache": str(cache)},
+        "evaluation": {"max_new_tokens": 24, "batch_size": 64, "mmlu_mode": "cloze"},
+        "search": {
+            "trials": 3,
+            "spaces": ["ascent_kl_ce"],
+            "fixed": {"snapshots": 2, "epochs": 2, "forget_on": "document", "kl_weight": 1.0},
+            "ranges": {"learning_rate": [1e-4, 1e-3]},
+        },
+        "resources": {"dashboard": False},
+        "merge": {"candidates": 2},
+        "selection": {"utility_floor": 0.2},
+    }

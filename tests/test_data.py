@@ -1,0 +1,380 @@
+"""Files to examples to batches: what is read, what is refused and how, and which tokens count as the answer."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from ray_unlearn.data import (
+    Encoded,
+    by_length,
+    check_pair,
+    collate,
+    cut,
+    document_of,
+    encode,
+    find_file,
+    limit_documents,
+    load_documents,
+    load_examples,
+    load_mmlu,
+)
+from ray_unlearn.errors import InputError
+from ray_unlearn.records import Example
+
+
+def row(name="a1sc1", **changes):
+    return {"id": name, "input": f"prompt of {name}", "output": "answer", "task": "Task1", "split": "x", **changes}
+
+
+def write(path, rows):
+    lines = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+# -- good files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", [write, write_parquet])
+def test_good_rows_are_read_in_order_with_their_kind(tmp_path, writer):
+    rows = [row('"6adb-4b"sc1'), row('"6adb-4b"qa0', input=" Née? ", output="né\nx"), row("sc2"), row("plain-qa9")]
+    path = writer(tmp_path / f"rows.{'jsonl' if writer is write else 'parquet'}", rows)
+    loaded = load_examples(path, "forget")
+    assert loaded.dropped == 0
+    assert [example.kind for example in loaded.examples] == ["sc", "qa", "sc", "qa"]
+    for example, given in zip(loaded.examples, rows, strict=True):
+        assert (example.id, example.input, example.output, example.task) == tuple(
+            given[name] for name in ("id", "input", "output", "task")
+        )
+
+
+@pytest.mark.parametrize("writer", [write, write_parquet])
+def test_a_kind_column_wins_over_the_id(tmp_path, writer):
+    rows = [row("x1sc1", kind="qa"), row("anything", kind="sc"), row("y1qa1", kind=None)]
+    path = writer(tmp_path / f"rows.{'jsonl' if writer is write else 'parquet'}", rows)
+    assert [example.kind for example in load_examples(path, "forget").examples] == ["qa", "sc", "qa"]
+
+
+def test_a_directory_holds_its_split_under_its_name(tmp_path):
+    write_parquet(tmp_path / "retain.parquet", [row("r1sc1")])
+    write(tmp_path / "forget.jsonl", [row("f1sc1")])
+    assert load_examples(tmp_path, "forget").examples[0].id == "f1sc1"
+    assert load_examples(str(tmp_path), "retain").examples[0].id == "r1sc1"
+    assert find_file(tmp_path, "forget").name == "forget.jsonl"
+    (tmp_path / "forget.jsonl").unlink()
+    with pytest.raises(InputError, match=r"holds no forget.jsonl or forget.parquet; it has: retain.parquet"):
+        load_examples(tmp_path, "forget")
+
+
+def test_windows_line_ends_blank_lines_and_separators_inside_text_are_no_rows(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\r\n".join([json.dumps(row("a1sc1")).encode(), b"", json.dumps(row("a2sc1")).encode(), b""]))
+    assert [example.id for example in load_examples(path, "f").examples] == ["a1sc1", "a2sc1"]
+    write(path, [row("a1sc1", output="one\u2028two\u0085three")])  # splitlines() would break this row
+    assert load_examples(path, "f").examples[0].output == "one\u2028two\u0085three"
+
+
+def test_the_digest_is_that_of_the_files_bytes(tmp_path):
+    one, other = write(tmp_path / "a.jsonl", [row()]), write(tmp_path / "b.jsonl", [row()])
+    assert load_examples(one, "x").digest == load_examples(other, "x").digest
+    write(other, [row(output="else")])
+    assert load_examples(one, "x").digest != load_examples(other, "x").digest
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def without(name):
+    kept = row("b1sc1")
+    del kept[name]
+    return kept
+
+
+BAD_ROWS = [
+    *[(without(name), f"field '{name}' is missing") for name in ("id", "input", "output", "task")],
+    *[(row("b1sc1", **{name: ""}), f"field '{name}' is empty") for name in ("id", "input", "output", "task")],
+    (row("b1sc1", output=" \n"), "field 'output' is empty"),
+    (row("b1sc1", output=7), "field 'output' must be text, got 7"),
+    (row("b1sc1", input=None), "field 'input' must be text, got None"),
+    (row("b1sc1", task=["Task1"]), r"field 'task' must be text, got \['Task1'\]"),
+    (row("b1xx1"), "id 'b1xx1' does not end in sc or qa"),
+    (row("b1sc"), "id 'b1sc' does not end in sc or qa"),
+    (row("b1sc1", kind="other"), ".*no column 'kind' saying sc or qa"),
+    (row("a1sc1"), "id 'a1sc1' is already used in row 1"),
+    ('{"id": "b1sc1",', "broken JSON"),
+    ('["b1sc1"]', "a row must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_ROWS)
+def test_a_bad_row_is_refused_with_file_and_row_and_can_be_skipped(tmp_path, bad, message):
+    path = write(tmp_path / "forget.jsonl", [row("a1sc1"), bad, row("c1sc1")])
+    with pytest.raises(InputError, match=rf"1 bad rows:\n  .*forget\.jsonl:2: {message}"):
+        load_examples(path, "forget")
+    loaded = load_examples(path, "forget", skip_bad=True)
+    assert [example.id for example in loaded.examples] == ["a1sc1", "c1sc1"] and loaded.dropped == 1
+
+
+def test_a_bad_parquet_row_is_refused_with_its_row(tmp_path):
+    path = write_parquet(tmp_path / "forget.parquet", [row("a1sc1"), row("b1sc1"), row("c1sc1", output=None)])
+    with pytest.raises(InputError, match=r"forget\.parquet:3: field 'output' must be text, got None"):
+        load_examples(path, "forget")
+    assert load_examples(path, "forget", skip_bad=True).dropped == 1
+
+
+def test_blank_lines_count_in_row_numbers(tmp_path):
+    path = write(tmp_path / "forget.jsonl", [row("a1sc1"), "", "", row("b1xx1")])
+    with pytest.raises(InputError, match=r"forget\.jsonl:4: "):
+        load_examples(path, "forget")
+
+
+@pytest.mark.parametrize(("count", "shown", "more"), [(20, 20, None), (21, 20, 1), (73, 20, 53)])
+def test_the_first_twenty_bad_rows_are_shown_then_a_count(tmp_path, count, shown, more):
+    path = write(tmp_path / "forget.jsonl", [row("a1sc1")] + [row(f"b{i}xx1") for i in range(count)])
+    with pytest.raises(InputError) as caught:
+        load_examples(path, "forget")
+    message = str(caught.value)
+    assert message.startswith(f"{count} bad rows:") and message.count("forget.jsonl:") == shown
+    assert f"forget.jsonl:{shown + 1}: " in message and "--skip-bad-rows" in message
+    assert (f"... and {more} more" in message) if more else ("more" not in message)
+    assert load_examples(path, "forget", skip_bad=True).dropped == count
+
+
+def test_empty_unreadable_and_absent_files_are_refused(tmp_path):
+    for content in ("", "\n\n"):
+        (tmp_path / "f.jsonl").write_text(content)
+        with pytest.raises(InputError, match=r"f\.jsonl has no rows; at least one is needed"):
+            load_examples(tmp_path / "f.jsonl", "forget")
+    write(tmp_path / "f.jsonl", [row("b1xx1")])
+    with pytest.raises(InputError, match=r"has no good rows"):
+        load_examples(tmp_path / "f.jsonl", "forget", skip_bad=True)
+    (tmp_path / "f.jsonl").write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        load_examples(tmp_path / "f.jsonl", "forget")
+    (tmp_path / "f.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InputError, match="is not a readable parquet file"):
+        load_examples(tmp_path / "f.parquet", "forget")
+    with pytest.raises(InputError, match=r"no such file: .*absent\.jsonl"):
+        load_examples(tmp_path / "absent.jsonl", "forget")
+    (tmp_path / "f.csv").write_text("id\n")
+    with pytest.raises(InputError, match=r"must end in .jsonl or .parquet, got '.csv'"):
+        load_examples(tmp_path / "f.csv", "forget")
+
+
+def example(name="a1sc1", task="Task1", kind="sc", input="p", output="a"):
+    return Example(id=name, input=input, output=output, task=task, kind=kind)
+
+
+def test_the_same_row_in_forget_and_retain_is_refused():
+    forget = [example("f1sc1"), example("f2sc1", input="other")]
+    with pytest.raises(InputError, match=r"1 rows are in forget and in retain:\n.*'f1sc1' is retain row 'r1sc1'"):
+        check_pair(forget, [example("r1sc1"), example("r2sc1", input="third")])
+    check_pair(forget, [example("f1sc1", output="another answer")])  # the same prompt alone is no clash
+
+
+def test_splits_with_unlike_tasks_or_kinds_are_refused_by_their_missing_cells():
+    forget = [example(), example(task="Task2", kind="qa")]
+    retain = [example(input="q"), example(input="q2", task="Task3", kind="sc")]
+    with pytest.raises(InputError, match="retain lacks Task2/qa; forget lacks Task3/sc"):
+        check_pair(forget, retain)
+
+
+def test_documents_are_read_in_order_and_checked(tmp_path):
+    path = write(tmp_path / "mia.jsonl", [{"id": "1", "document": "one"}, {"id": "2", "document": "two"}])
+    assert load_documents(path) == ["one", "two"]
+    write(path, [{"id": "1", "document": "one"}, {"id": "1", "document": "two"}])
+    with pytest.raises(InputError, match=r"mia\.jsonl:2: id '1' is already used in row 1"):
+        load_documents(path)
+    write(path, [{"id": "1", "text": "one"}])
+    with pytest.raises(InputError, match=r"mia\.jsonl:1: field 'document' is missing"):
+        load_documents(path)
+
+
+# -- limits and groups -----------------------------------------------------------------------------
+
+
+def test_limit_keeps_the_first_whole_documents_of_each_task():
+    names = [("Task1", "d1sc1"), ("Task1", "d2sc1"), ("Task2", "d3sc1"), ("Task1", "d1qa0"), ("Task2", "d4qa1")]
+    rows = [example(name, task) for task, name in names]
+    assert [e.id for e in limit_documents(rows, 1)] == ["d1sc1", "d3sc1", "d1qa0"]
+    assert [e.id for e in limit_documents(rows, {"Task1": 2})] == ["d1sc1", "d2sc1", "d1qa0"]
+    assert limit_documents(rows, None) == rows and limit_documents(rows, 99) == rows
+    with pytest.raises(InputError, match=r"keeps no rows; tasks in the file: \['Task1', 'Task2'\]"):
+        limit_documents(rows, {"task1": 2})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_by_length_covers_every_index_once_in_groups_of_rising_length(seed):
+    rng = random.Random(seed)
+    items = ["x" * rng.randint(0, 9) for _ in range(rng.randint(0, 30))]
+    size = rng.randint(1, 7)
+    groups = by_length(items, len, size)
+    order = [i for group in groups for i in group]
+    assert sorted(order) == list(range(len(items)))
+    assert all(len(group) == size for group in groups[:-1]) and all(0 < len(group) <= size for group in groups)
+    assert [len(items[i]) for i in order] == sorted(map(len, items))
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+TEXTS = [
+    ("In Kanobe, Mira met", "Tosu at the river."),
+    ("In Kanobe, Mira met ", "Tosu at the river."),
+    ("In Kanobe, Mira met", " Tosu"),
+    ("a", "b"),
+    ("Née 42", "ça 7-8"),
+    ("ends in newline\n", "x"),
+    ("tab\t", "x"),
+    ("wide\u3000", "\u3000x"),
+]
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(("input", "output"), TEXTS)
+def test_the_prompts_tokens_are_those_of_the_prompt_alone_and_the_text_is_whole(tiny, input, output, eos):
+    tokenizer = tiny.tokenizer
+    encoded = encode(tokenizer, input, output, eos)
+    assert list(encoded.ids[: encoded.prompt]) == tokenizer(input)["input_ids"]
+    assert len(encoded.ids) > encoded.prompt
+    body = encoded.ids[:-1] if eos else encoded.ids
+    assert tokenizer.decode(body, clean_up_tokenization_spaces=False) == document_of(input, output)
+    assert (encoded.ids[-1] == tokenizer.eos_token_id) is eos
+    assert encoded.ids.count(tokenizer.eos_token_id) == eos
+
+
+def test_every_benchmark_row_is_tokenised_as_generation_and_as_one_text(tiny):
+    for given in [*tiny.data.forget, *tiny.data.retain]:
+        encoded = encode(tiny.tokenizer, given["input"], given["output"])
+        assert list(encoded.ids[: encoded.prompt]) == tiny.tokenizer(given["input"])["input_ids"]
+        assert list(encoded.ids) == tiny.tokenizer(f"{given['input']} {given['output']}")["input_ids"]
+
+
+def test_where_a_token_spans_the_seam_prompt_and_answer_are_tokenised_apart():
+    class Merging:
+        """One token for each letter, but `  ` is one token."""
+
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens=True):
+            start = [1] if add_special_tokens else []
+            return {"input_ids": start + [ord(c) for c in text.replace("  ", "_")]}
+
+    seam = encode(Merging(), "a ", " b", eos=True)
+    assert seam == Encoded((1, ord("a"), ord(" "), ord(" "), ord("b"), 0), 3)
+    assert encode(Merging(), "a", "b") == Encoded((1, ord("a"), ord(" "), ord("b")), 2)
+
+
+def test_eos_without_an_eos_token_is_refused():
+    class Endless:
+        eos_token_id = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": [ord(c) for c in text]}
+
+    with pytest.raises(InputError, match="no EOS token"):
+        encode(Endless(), "a", "b", eos=True)
+
+
+@pytest.mark.parametrize(
+    ("input", "output", "joined"),
+    [("a", "b", "a b"), ("a ", "b", "a b"), ("a", " b", "a b"), ("a\n", "b", "a\nb"), ("a ", " b", "a  b")],
+)
+def test_prompt_and_answer_are_joined_by_one_space_only_where_none_stands(input, output, joined):
+    assert document_of(input, output) == joined
+
+
+def test_cut_keeps_the_first_tokens_and_at_least_one_of_the_answer():
+    encoded = Encoded((1, 2, 3, 4, 5), 3)
+    assert cut(encoded, None) == cut(encoded, 5) == cut(encoded, 99) == encoded
+    assert cut(encoded, 4) == Encoded((1, 2, 3, 4), 3)
+    with pytest.raises(InputError, match="prompt alone has 3 tokens, and the limit is 3"):
+        cut(encoded, 3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_collated_masks_say_which_next_tokens_count(seed):
+    rng, pad = random.Random(seed), 3
+    rows = []
+    for _ in range(rng.randint(1, 5)):
+        length = rng.randint(2, 9)
+        rows.append(Encoded(tuple(rng.randrange(5) for _ in range(length)), rng.randint(1, length - 1)))
+    batch = collate(rows, pad)
+    width = max(len(encoded.ids) for encoded in rows)
+    assert batch.ids.shape == batch.attention.shape == (len(rows), width)
+    assert batch.answer.shape == batch.document.shape == (len(rows), width - 1)
+    for b, encoded in enumerate(rows):
+        n = len(encoded.ids)
+        assert batch.ids[b].tolist() == [*encoded.ids, *[pad] * (width - n)]
+        # A real token that equals the padding id is a token all the same.
+        assert batch.attention[b].tolist() == [1] * n + [0] * (width - n)
+        assert batch.document[b].tolist() == [t + 1 < n for t in range(width - 1)]
+        assert batch.answer[b].tolist() == [encoded.prompt <= t + 1 < n for t in range(width - 1)]
+    assert batch.mask("answer") is batch.answer and batch.mask("document") is batch.document
+    assert batch.answer.dtype == batch.document.dtype == torch.bool
+
+
+def test_the_answer_mask_of_an_encoded_row_covers_the_answer_and_its_end(tiny):
+    encoded = encode(tiny.tokenizer, "Who came?", "Mira of Kanobe", eos=True)
+    batch = collate([encoded, Encoded((5,) * 40, 1)], tiny.tokenizer.pad_token_id)
+    masked = batch.ids[0, 1:][batch.answer[0]].tolist()
+    assert tiny.tokenizer.decode(masked[:-1]) == " Mira of Kanobe" and masked[-1] == tiny.tokenizer.eos_token_id
+
+
+# -- MMLU ------------------------------------------------------------------------------------------
+
+
+def write_mmlu(root, **files):
+    for name, text in files.items():
+        folder = root / name.rsplit("_", 1)[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
+    return root
+
+
+def test_mmlu_folders_are_read_by_subject(tmp_path):
+    write_mmlu(
+        tmp_path,
+        world_history_dev='"Who, then?",a,b,c,d,A\n',
+        world_history_test='"Two\nlines?",1,"2,5",3,4, C \nQ2?,w,x,y,z,D\n',
+        art_dev="",
+        art_test="Née?,k,l,m,n,B\n",
+    )
+    dev, test = load_mmlu(tmp_path)
+    assert set(dev) == {"art", "world_history"} and dev["art"] == []
+    assert dev["world_history"][0].question == "Who, then?" and dev["world_history"][0].answer == 0
+    assert [(q.subject, q.question, q.answer) for q in test] == [
+        ("art", "Née?", 1),
+        ("world_history", "Two\nlines?", 2),
+        ("world_history", "Q2?", 3),
+    ]
+    assert test[1].options == ("1", "2,5", "3", "4")
+
+
+@pytest.mark.parametrize("line", ["Q?,a,b,c,A", "Q?,a,b,c,d,e,A", "Q?,a,b,c,d,E", "Q?,a,b,c,d,", "Q?,a,b,c,d,a", "Q?"])
+def test_an_mmlu_row_of_other_columns_or_letters_is_refused_with_its_row(tmp_path, line):
+    write_mmlu(tmp_path, art_dev="", art_test=f"Q1?,a,b,c,d,A\n{line}\n")
+    with pytest.raises(InputError, match=r"art_test\.csv:2: expected question, A, B, C, D, letter"):
+        load_mmlu(tmp_path)
+
+
+def test_mmlu_folders_with_missing_parts_are_refused(tmp_path):
+    with pytest.raises(InputError, match="must hold test/SUBJECT_test.csv"):
+        load_mmlu(tmp_path / "absent")
+    (tmp_path / "test").mkdir()
+    with pytest.raises(InputError, match="holds no SUBJECT_test.csv"):
+        load_mmlu(tmp_path)
+    write_mmlu(tmp_path, art_test="Q?,a,b,c,d,A\n")
+    with pytest.raises(InputError, match=r"has no dev file: .*art_dev\.csv is missing"):
+        load_mmlu(tmp_path)

@@ -1,0 +1,90 @@
+"""Who may import the heavy libraries, and that importing the package loads none of them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ray_unlearn
+
+PACKAGE = Path(ray_unlearn.__file__).parent
+HEAVY = ("deepspeed", "ray", "optuna", "mergekit")
+LIGHT = ["losses", "metrics", "merging", "config", "pareto", "records", "data"]
+
+
+def loaded_after(code, names):
+    """Which of the names are in sys.modules of a fresh interpreter that ran the code."""
+    check = f"{code}\nimport sys\nprint([name for name in {list(names)} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120, check=True
+    )
+    return ast.literal_eval(done.stdout.strip().splitlines()[-1])
+
+
+def test_importing_the_package_loads_no_library_at_all():
+    assert loaded_after("import ray_unlearn", [*HEAVY, "torch", "transformers", "datasets", "yaml", "numpy"]) == []
+
+
+def test_importing_the_pure_modules_loads_no_heavy_library():
+    code = "import " + ", ".join(f"ray_unlearn.{name}" for name in LIGHT)
+    assert loaded_after(code, [*HEAVY, "transformers", "datasets", "peft"]) == []
+
+
+def test_a_misspelled_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'runs'"):
+        ray_unlearn.runs  # noqa: B018
+
+
+def imported(path):
+    """Every module that a file imports anywhere, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def importers(library):
+    prefix = f"{library}."
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 20
+    return {
+        path.relative_to(PACKAGE).as_posix()
+        for path in files
+        if any(name == library or name.startswith(prefix) for name in imported(path))
+    }
+
+
+@pytest.mark.parametrize(
+    ("library", "owners", "guests"),
+    [
+        ("deepspeed", {"engine.py"}, {"executor.py"}),  # a worker's warm-up pays the slow import
+        ("ray.train", {"executor.py"}, set()),
+        ("ray.tune", {"search.py"}, set()),
+        ("optuna", {"search.py"}, set()),
+        ("mergekit", {"merging/writer.py"}, set()),
+    ],
+)
+def test_each_heavy_library_has_one_owner(library, owners, guests):
+    found = importers(library)
+    assert owners <= found <= owners | guests
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_module_imports_a_heavy_library_that_the_pure_ones_would_drag_in(path):
+    """The pure modules import, at their top, nothing of the package that has a heavy import at its top."""
+    name = path.relative_to(PACKAGE).as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    if name.split(".")[0] not in LIGHT:
+        pytest.skip("not one of the pure modules")
+    if name in ("merging.actor", "merging.writer"):
+        pytest.skip("loaded only where a merge is made")
+    top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+    used = {node.module for node in top if node.module and node.module.startswith("ray_unlearn")}
+    allowed = {"ray_unlearn." + light for light in [*LIGHT, "errors"]}
+    assert all(any(module == a or module.startswith(a + ".") for a in allowed) for module in used), used

@@ -1,0 +1,101 @@
+"""The embedded benchmark meets its conditions, is the same wherever it is made, and is built once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from small import SETTINGS
+
+from ray_unlearn import benchmark
+from ray_unlearn.config import digest
+from ray_unlearn.data import load_documents, load_examples, load_mmlu
+from ray_unlearn.models import load_model, load_tokenizer
+from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
+from ray_unlearn.target import build_embedded, build_target_at
+
+
+def test_data_are_the_same_in_another_process_with_another_hash_seed():
+    program = (
+        "from ray_unlearn import benchmark; from ray_unlearn.config import digest; import dataclasses;"
+        "print(digest(dataclasses.asdict(benchmark.make(benchmark.EmbeddedSettings()))))"
+    )
+    import dataclasses
+
+    here = digest(dataclasses.asdict(benchmark.make(benchmark.EmbeddedSettings())))
+    for seed in ("1", "2"):
+        answer = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env={"PYTHONHASHSEED": seed, "PATH": ""}
+        )
+        assert answer.stdout.strip() == here, answer.stderr
+
+
+def test_no_document_or_question_is_in_two_sets():
+    data = benchmark.make(benchmark.EmbeddedSettings())
+    questions = [row["input"] for row in data.forget + data.retain] + [fact[0] for fact in data.facts + data.dev_facts]
+    assert len(set(questions)) == len(questions)
+    trained = {f"{row['input']} {row['output']}" for row in data.forget + data.retain}
+    assert not trained & {row["document"] for row in data.nonmembers}
+    assert [sum(fact[2] == place for fact in data.facts) > 0 for place in range(4)] == [True] * 4
+
+
+def test_the_standard_error_of_the_auc_is_at_most_one_twentieth():
+    settings = benchmark.EmbeddedSettings()
+    m, n = settings.entries, settings.nonmembers // 2
+    assert ((m + n + 1) / (12 * m * n)) ** 0.5 <= 0.05  # Hanley and McNeil 1982, at AUC 0.5
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build_embedded(tmp_path_factory.mktemp("targets"), benchmark.EmbeddedSettings())
+
+
+def scores_of(place, name):
+    dev, questions = load_mmlu(place / "mmlu")
+    data = EvalSet(
+        forget=load_examples(place, "forget").examples,
+        retain=load_examples(place, "retain").examples,
+        members=load_documents(place / "mia_member.jsonl"),
+        nonmembers=load_documents(place / "mia_nonmember.jsonl"),
+        dev=dev,
+        questions=questions,
+    )
+    path = str(place / name)
+    settings = EvalSettings(max_new_tokens=32, batch_size=64, mmlu_mode="cloze")
+    return evaluate_model(load_model(path), load_tokenizer(path), data, settings)[0]
+
+
+def test_the_target_knows_everything_and_the_reference_nothing_of_the_forget_set(built):
+    target, reference = scores_of(built, "target"), scores_of(built, "reference")
+    assert len(target.terms) == 12 and min(target.raw.values()) >= 0.95
+    assert target.utility >= 0.9 and target.mia_auc >= 0.95 and target.task_aggregate == 0
+    assert reference.task_aggregate >= 0.85 and 0.4 <= reference.mia_auc <= 0.6
+    assert min(value for key, value in reference.raw.items() if key.startswith("retain/")) >= 0.95
+    assert reference.utility >= 0.9
+
+
+def test_a_finished_benchmark_is_not_built_again(built):
+    before = (built / "target" / "model.safetensors").stat().st_mtime_ns
+    assert build_embedded(built.parent, benchmark.EmbeddedSettings()) == built
+    assert (built / "target" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_target_from_any_base_learns_the_rows(tmp_path):
+    from ray_unlearn.models import save_model
+
+    data = benchmark.make(SETTINGS)
+    benchmark.write(data, tmp_path)
+    tokenizer = benchmark.make_tokenizer(data, SETTINGS.vocabulary)
+    save_model(benchmark.make_model(SETTINGS, len(tokenizer)), tokenizer, tmp_path / "base")
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain")]
+    lines: list[str] = []
+    build_target_at(
+        str(tmp_path / "base"), *files, 1, False, tmp_path / "target", lines.append,
+        epochs=30, batch_size=4, learning_rate=5e-3, seed=0,
+    )  # fmt: skip
+    assert "epoch 30/30" in lines[-1]
+    row = load_examples(tmp_path / "forget.jsonl", "forget").examples[1]
+    model, tokenizer = load_model(str(tmp_path / "target")), load_tokenizer(str(tmp_path / "target"))
+    _, texts = evaluate_model(model, tokenizer, EvalSet(forget=[row], retain=[row]), EvalSettings(max_new_tokens=24))
+    assert texts[0].strip() == row.output
