@@ -275,6 +275,14 @@ def test_where_a_token_spans_the_seam_prompt_and_answer_are_tokenised_apart():
     assert seam == Encoded((1, ord("a"), ord(" "), ord(" "), ord("b"), 0), 3)
     assert encode(Merging(), "a", "b") == Encoded((1, ord("a"), ord(" "), ord("b")), 2)
 
+    class Clinging(Merging):
+        """A letter and the space after it are one token, so the joining space itself spans the seam."""
+
+        def __call__(self, text, add_special_tokens=True):
+            return super().__call__(text.replace("a b", "@b"), add_special_tokens)
+
+    assert encode(Clinging(), "a", "b") == Encoded((1, ord("a"), ord(" "), ord("b")), 2)
+
 
 def test_eos_without_an_eos_token_is_refused():
     class Endless:

@@ -193,7 +193,7 @@ RECIPES = [
     MergeRecipe(
         method=method,
         members=["lora-a", "full", "lora-b"],
-        weights=[0.2, 0.5, 0.3],
+        weights=[0.4, 1.0, 0.7],
         densities=[0.5, 0.5, 0.8],
         lambda_=0.9,
     )
