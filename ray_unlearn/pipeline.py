@@ -75,16 +75,20 @@ def run(job: Job, out: str | Path, address: str | None = None, progress: Progres
     needed = job.resources.workers * job.resources.cpus_per_worker * job.resources.concurrency
     claim(out, job)
     space, texts = load_space(job.search.spaces, job.search.fixed, job.search.ranges)
-    if job.model.path is not None:
-        check_model(job.model.path)
+    configs = stages.check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    for model in (job.model.path, job.target.base):
+        if model is not None:
+            check_model(model)
+    # A user's own files are checked before anything is trained; the benchmark's do not exist before it is built.
+    inputs = None if job.target.benchmark else load_inputs(job.data, job.seed)
     with stage(out, "target"):
-        model_path, reference_path, benchmark = job_target(job, progress.line)
-        inputs = load_inputs(job.data, job.seed, benchmark)
+        rows = [] if inputs is None else [*inputs.forget, *inputs.retain]
+        model_path, reference_path, benchmark = job_target(job, rows, progress.line)
+        inputs = inputs or load_inputs(job.data, job.seed, benchmark)
     for name, count in inputs.dropped.items():
         if count:
             progress.line(f"{count} bad rows dropped from {name}")
     write_job(out, job, inputs, texts)
-    configs = stages.check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     check_disk(out, job, model_path, configs)
     with cluster(address, job.resources.dashboard, needed) as started_here:
         shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage

@@ -19,7 +19,7 @@ from ray_unlearn.data import Encoded, by_length, check_pair, collate, encode, li
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job
 from ray_unlearn.models import check_model, load_model, load_tokenizer, save_model
-from ray_unlearn.records import write_json
+from ray_unlearn.records import Example, write_json
 
 Log = Callable[[str], None]
 
@@ -128,43 +128,28 @@ def _build_one(place: Path, settings: EmbeddedSettings, name: str) -> tuple[floa
     return loss, time.monotonic() - began
 
 
-def job_target(job: Job, log: Log) -> tuple[str, str | None, Path | None]:
-    """A job's model path, its retrained reference where there is one, and the benchmark's data folder."""
+def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | None, Path | None]:
+    """A job's model path, its retrained reference where there is one, and the benchmark's data folder.
+
+    A base model is fine-tuned on `rows`, the job's forget and retain rows; cached by what decides it.
+    """
     if job.model.path is not None:
         return job.model.path, None, None
-    cache = Path(job.target.cache).expanduser()
-    if job.target.benchmark is not None:
-        place = build_embedded(cache, job.target.settings, log)
+    cache, part = Path(job.target.cache).expanduser(), job.target
+    if part.benchmark is not None:
+        place = build_embedded(cache, part.settings, log)
         return str(place / "target"), str(place / "reference"), place
-    return str(_fine_tuned(job, cache, log)), None, None
-
-
-def _fine_tuned(job: Job, cache: Path, log: Log) -> Path:
-    """The base model fine-tuned on the job's rows, cached by what decides it."""
-    data, part = job.data, job.target
-    rows = []
-    for name in ("forget", "retain"):
-        loaded = load_examples(getattr(data, name), name, data.skip_bad_rows)
-        rows += limit_documents(loaded.examples, data.limit)
     pairs = [(row.input, row.output) for row in rows]
     what = {"pairs": pairs, "base": part.base, "seed": job.seed, "dtype": job.model.dtype}
     what |= {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
     place = cache / f"target-{digest(what)}"
     if place.exists():
         log(f"target: cached in {place}")
-        return place
+        return str(place), None, None
     assert part.base is not None
     log(f"target: fine-tuning {part.base} on {len(pairs)} rows")
-    return make_target(
-        part.base,
-        pairs,
-        place,
-        epochs=part.epochs,
-        batch_size=part.batch_size,
-        learning_rate=part.learning_rate,
-        seed=job.seed,
-        log=log,
-    )
+    options: dict[str, Any] = {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
+    return str(make_target(part.base, pairs, place, log, seed=job.seed, **options)), None, None
 
 
 def make_target(base: str, pairs: Sequence[tuple[str, str]], out: Path, log: Log, **options: Any) -> Path:

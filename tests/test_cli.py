@@ -1,0 +1,231 @@
+"""The command line: exit codes, refusals that say what to do, JSON that is only JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from small import small_job
+
+from ray_unlearn import benchmark, cli
+from ray_unlearn.models import save_model
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    """The tiny benchmark's data and model as files."""
+    place = tmp_path_factory.mktemp("files")
+    benchmark.write(tiny.data, place)
+    save_model(tiny.model, tiny.tokenizer, place / "model")
+    return place
+
+
+def refused(capsys, *argv: object) -> str:
+    """The message of a command that must exit with 2, without a traceback."""
+    code = cli.main([str(part) for part in argv])
+    message = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in message, message
+    return message
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "target", "train", "evaluate", "score", "merge", "report", "methods", "recipes", "merge-methods", "submit"],
+)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert f"example:\n  ray-unlearn {command}" in capsys.readouterr().out
+
+
+def test_unknown_arguments_exit_with_2():
+    for argv in (["run", "--nope"], ["fly"], []):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["methods", "recipes", "merge-methods"])
+def test_lists_name_formula_parameters_and_source(command, capsys):
+    assert cli.main([command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows and all(row["formula"] and row["parameters"] and row["source"] for row in rows)
+    assert cli.main([command]) == 0
+    text = capsys.readouterr().out
+    assert all(row["name"] in text for row in rows)
+
+
+def predictions(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prediction(name, split, task="Task1", output="a b", model_output="a b"):
+    return {"id": name, "task": task, "split": split, "expected_output": output, "model_output": model_output}
+
+
+def test_score_prints_and_writes_the_same_json(tmp_path, capsys):
+    rows = [prediction(f"{split[0]}{kind}0", split) for split in ("forget", "retain") for kind in ("sc", "qa")]
+    rows[0]["model_output"] = "nothing of it"
+    rows[1]["model_output"] = ""
+    path = predictions(tmp_path / "p.jsonl", rows)
+    losses = tmp_path / "losses.json"
+    losses.write_text('{"member": [1.0, 2.0], "nonmember": [1.0, 2.0]}')
+    out = tmp_path / "scores.json"
+    argv = ["score", "--predictions", path, "--mia", losses, "--mmlu-accuracy", 0.25, "--json", "--out", out]
+    assert cli.main([str(part) for part in argv]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["task_aggregate"] == 1.0 and printed["mia_score"] == 1.0 and printed["final"] == 0.75
+    assert printed["terms"]["forget/Task1/regurgitation"] == 1.0 and printed["raw"]["forget/Task1/knowledge"] == 0.0
+
+
+def test_score_without_all_parts_has_no_final(tmp_path, capsys):
+    path = predictions(tmp_path / "p.jsonl", [prediction("asc0", "forget"), prediction("bsc0", "retain")])
+    assert cli.main(["score", "--predictions", str(path), "--json", "--out", str(tmp_path / "s.json")]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert not {"final", "mia_score", "mia_auc", "utility"} & set(scores)
+
+
+def test_score_refusals(tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    path = predictions(tmp_path / "p.jsonl", [prediction("asc0", "forget"), prediction("bqa0", "retain")])
+    assert "retain lacks Task1/sc; forget lacks Task1/qa" in refused(capsys, "score", "--predictions", path, "--out", out)
+    path = predictions(tmp_path / "p.jsonl", [prediction("asc0", "forget"), prediction("bsc0", "retain")])
+    assert "missing ['Task1/qa'" in refused(capsys, "score", "--predictions", path, "--official", "--out", out)
+    losses = tmp_path / "losses.json"
+    losses.write_text('{"member": [NaN], "nonmember": [1.0]}')
+    assert "member[0] is nan" in refused(capsys, "score", "--predictions", path, "--mia", losses, "--out", out)
+    losses.write_text("[]")
+    assert "must be" in refused(capsys, "score", "--predictions", path, "--mia", losses, "--out", out)
+    broken = predictions(tmp_path / "q.jsonl", [prediction("asc0", "forget")] * 2 + [prediction("x", "both")])
+    message = refused(capsys, "score", "--predictions", broken, "--out", out)
+    assert "q.jsonl:2: id 'asc0' is already used in row 1" in message and "q.jsonl:3: split must be" in message
+    assert not out.exists()
+
+
+def test_evaluate_scores_a_model_and_an_adapter_for_another_base_is_refused(files, tmp_path, capsys):
+    data = ["--model", files / "model", "--forget", files, "--retain", files, "--max-new-tokens", 4]
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", *data, "--mmlu", files / "mmlu", "--mmlu-mode", "cloze", "--json", "--out", out]
+    assert cli.main([str(part) for part in argv]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["terms"]) == 12 and 0 <= printed["utility"] <= 1 and "final" not in printed
+    other = tmp_path / "other"
+    shutil.copytree(files / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 99}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other), "r": 2}))
+    message = refused(capsys, "evaluate", *data, "--adapter", adapter, "--out", out)
+    assert "another base" in message and "hidden_size 99 there, 32 here" in message
+    assert "--mia-nonmember" in refused(capsys, "evaluate", *data, "--mia-member", files / "forget.jsonl", "--out", out)
+
+
+def test_models_that_cannot_work_are_refused(files, tmp_path, capsys):
+    rest = ["--forget", files, "--retain", files, "--out", tmp_path / "s.json"]
+    assert "is neither a directory" in refused(capsys, "evaluate", "--model", tmp_path / "none", *rest)
+    bare = tmp_path / "bare"
+    shutil.copytree(files / "model", bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink(missing_ok=True)
+    assert "has no tokenizer" in refused(capsys, "evaluate", "--model", bare, *rest)
+
+
+def job_file(tmp_path, **changes):
+    data = small_job(tmp_path / "cache")
+    for key, value in changes.items():
+        part, name = key.split("__")
+        data[part][name] = value
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def run_refused(capsys, tmp_path, *extra, **changes):
+    return refused(capsys, "run", job_file(tmp_path, **changes), "--out", tmp_path / "run", *extra)
+
+
+def test_bad_jobs_are_refused_before_anything_is_built(tmp_path, capsys):
+    assert "Did you mean 'trials'?" in run_refused(capsys, tmp_path, search__trails=3)
+    assert "search.trials must be at least 1, got 0" in run_refused(capsys, tmp_path, search__trials=0)
+    assert "must be int, got 'many'" in run_refused(capsys, tmp_path, "--set", "search.trials=many")
+    assert "unknown search space 'npo_kl_cee'" in run_refused(capsys, tmp_path, search__spaces=["npo_kl_cee"])
+    assert "exactly one of model.path" in run_refused(capsys, tmp_path, target__base="x/y")
+    assert "no such job file" in refused(capsys, "run", tmp_path / "none.yaml")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_space_with_an_unknown_parameter_or_method_lists_the_known_ones(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ray_unlearn.pipeline.job_target", lambda job, rows, log: (_ for _ in ()).throw(AssertionError))
+    space = tmp_path / "mine.py"
+    space.write_text("def space(trial):\n    return {'learning_rat': trial.suggest_float('learning_rate', 1e-5, 1e-4)}\n")
+    message = run_refused(capsys, tmp_path, search__spaces=[str(space)], search__fixed={})
+    assert "unknown key in trial 'learning_rat'" in message and "Did you mean 'learning_rate'?" in message
+    space.write_text("def space(trial):\n    return {'method': 'npoo'}\n")
+    message = run_refused(capsys, tmp_path, search__spaces=[str(space)], search__fixed={}, search__ranges={})
+    assert "unknown method 'npoo'" in message and "npo_kl_ce" in message
+    assert "unknown parameter in search.ranges" in run_refused(capsys, tmp_path, search__ranges={"learning_rte": [1, 2]})
+    first = [{"space": "ascent_kl_ce", "learnin_rate": 1e-4}]
+    assert "unknown parameter in search.first_points" in run_refused(capsys, tmp_path, search__first_points=first)
+
+
+def test_an_unset_variable_and_an_unwritable_directory_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    message = run_refused(capsys, tmp_path, "--set", "target.cache=$NO_SUCH_PLACE/x")
+    assert "$NO_SUCH_PLACE" in message and "not set" in message
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "run", job_file(tmp_path), "--out", tmp_path / "file" / "run")
+    assert "cannot be written" in message and "--out" in message
+
+
+def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeypatch):
+    from ray_unlearn.config import TrialConfig, from_dict
+    from ray_unlearn.errors import InputError
+    from ray_unlearn.job import Job
+    from ray_unlearn.pipeline import check_disk
+
+    job = from_dict(Job, small_job(tmp_path))
+    configs = [TrialConfig(snapshots=2), TrialConfig(snapshots=5, tuning="full")]
+    check_disk(tmp_path, job, str(files / "model"), configs)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(InputError, match=r"0\.00 GiB free.*15 snapshots of up to 0\.\d MiB"):
+        check_disk(tmp_path, job, str(files / "model"), configs)
+
+
+def test_train_needs_one_configuration_and_known_names(files, tmp_path, capsys):
+    data = ["train", "--model", files / "model", "--forget", files, "--retain", files, "--out", tmp_path / "out"]
+    assert "either --recipe NAME or --config FILE" in refused(capsys, *data)
+    assert "Did you mean 'zjuklab-model1'?" in refused(capsys, *data, "--recipe", "zjuklab-model-1")
+    message = refused(capsys, *data, "--recipe", "zjuklab-model1", "--set", "zero_stage=4")
+    assert "zero_stage must be 0, 1, 2 or 3, got 4" in message
+
+
+def test_merge_refuses_members_of_another_base_and_bad_densities(files, tmp_path, capsys):
+    argv = ["merge", "--base", files / "model", "--out", tmp_path / "out"]
+    assert "is no model directory" in refused(capsys, *argv, "--adapters", tmp_path)
+    assert "density must be above 0" in refused(capsys, *argv, "--adapters", files / "model", "--density", 0)
+    assert "2 weights" in refused(capsys, *argv, "--adapters", files / "model", files, "--weights", 1)
+    assert "unknown merge method 'tiess'" in refused(capsys, *argv, "--adapters", files / "model", "--method", "tiess")
+
+
+def test_a_run_time_failure_exits_with_1_and_debug_shows_the_traceback(tmp_path, capsys, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("the disk caught fire")
+
+    monkeypatch.setattr("ray_unlearn.report.write_report", broken)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "ray-unlearn: RuntimeError: the disk caught fire\n"
+    assert cli.main(["report", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_module_and_console_script_are_the_same_command():
+    answer = subprocess.run([sys.executable, "-m", "ray_unlearn", "methods", "--json"], capture_output=True, text=True)
+    assert answer.returncode == 0 and json.loads(answer.stdout)
