@@ -13,19 +13,20 @@ import yaml
 from ray_unlearn.config import TrialConfig, from_dict, to_dict
 from ray_unlearn.data import (
     check_cells,
-    check_pair,
     find_file,
     kind_of,
+    kind_problem,
     listing,
     load_documents,
-    load_examples,
     load_mmlu,
+    load_pair,
     read_rows,
+    row_problem,
 )
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models import check_model, load_model, load_tokenizer
-from ray_unlearn.records import Scores, TrialRecord, load_records, write_json
+from ray_unlearn.records import Example, Scores, TrialRecord, load_records, write_json
 from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model, make_scores
 
 OFFICIAL_TERMS = 12
@@ -77,15 +78,18 @@ def eval_set(
     skip_bad_rows: bool = False,
 ) -> EvalSet:
     """The files as an EvalSet, checked; parts without a file stay empty."""
-    rows = {
-        name: load_examples(path, name, skip_bad_rows).examples
-        for name, path in (("forget", forget), ("retain", retain))
-    }
-    check_pair(rows["forget"], rows["retain"])
-    members = load_documents(mia_member) if mia_member else []
-    nonmembers = load_documents(mia_nonmember) if mia_nonmember else []
+    left, right = load_pair(forget, retain, skip_bad_rows)
+    members = load_documents(mia_member, skip_bad_rows) if mia_member else []
+    nonmembers = load_documents(mia_nonmember, skip_bad_rows) if mia_nonmember else []
     dev, questions = load_mmlu(mmlu) if mmlu else ({}, [])
-    return EvalSet(**rows, members=members, nonmembers=nonmembers, dev=dev, questions=questions)
+    return EvalSet(
+        forget=left.examples,
+        retain=right.examples,
+        members=members,
+        nonmembers=nonmembers,
+        dev=dev,
+        questions=questions,
+    )
 
 
 def _check_official(cells: set[str]) -> None:
@@ -112,10 +116,13 @@ def score(
     from ray_unlearn.metrics import auc
 
     rows = _read_predictions(Path(predictions))
-    cells = {split: {(row[1], row[2]) for row in rows if row[0] == split} for split in ("forget", "retain")}
-    check_cells(cells["forget"], cells["retain"])
+    splits = {
+        split: [Example(id="", input="", output="", task=row[1], kind=row[2]) for row in rows if row[0] == split]
+        for split in ("forget", "retain")
+    }
+    check_cells(splits["forget"], splits["retain"])
     if official:
-        _check_official({f"{task}/{kind}" for task, kind in cells["forget"]})
+        _check_official({f"{row.task}/{row.kind}" for row in splits["forget"]})
     if mmlu_accuracy is not None and not (math.isfinite(mmlu_accuracy) and 0 <= mmlu_accuracy <= 1):
         raise InputError(f"--mmlu-accuracy must be in [0, 1], got {mmlu_accuracy}.")
     area = None if mia is None else auc(*_read_losses(Path(mia)))
@@ -145,24 +152,15 @@ def _read_predictions(path: Path) -> list[tuple[str, str, str, str, str]]:
 
 
 def _prediction_problem(row: Any, seen: dict[tuple[str, str], int]) -> str | None:
-    if isinstance(row, json.JSONDecodeError):
-        return f"broken JSON: {row.msg} at column {row.colno}"
-    if not isinstance(row, dict):
-        return f"a row must be a JSON object, got {row!r:.60}"
-    for name in ("id", "task", "split", "expected_output", "model_output"):
-        if name not in row:
-            return f"field {name!r} is missing; the row has {sorted(row)}"
-        if not isinstance(row[name], str):
-            return f"field {name!r} must be text, got {row[name]!r:.60}"
-        if name != "model_output" and not row[name].strip():
-            return f"field {name!r} is empty"  # an empty generation is a generation
+    fields = ("id", "task", "split", "expected_output", "model_output")
+    problem = row_problem(row, fields, may_be_empty=("model_output",))  # an empty generation is a generation
+    if problem:
+        return problem
     if row["split"] not in ("forget", "retain"):
         return f"split must be forget or retain, got {row['split']!r}"
     if (row["split"], row["id"]) in seen:
         return f"id {row['id']!r} is already used in row {seen[row['split'], row['id']]}"
-    if kind_of(row) is None:
-        return f"id {row['id']!r} does not end in sc or qa and a digit, and there is no column 'kind' saying sc or qa"
-    return None
+    return kind_problem(row)
 
 
 def _read_losses(path: Path) -> tuple[list[float], list[float]]:

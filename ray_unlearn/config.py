@@ -192,7 +192,9 @@ class TrialConfig:
             require(math.isfinite(value) and value >= 0, f"{name} must be a number of at least 0, got {value}.")
         for name in ("ascent_bound", "max_seconds", "max_length", "lora_alpha"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be above 0 or null, got {value}.")
+            require(value is None or 0 < value < math.inf, f"{name} must be above 0 or null, got {value}.")
+        require(bool(self.lora_targets), f"lora_targets must name modules or be all-linear, got {self.lora_targets!r}.")
+        require(self.seed >= 0, f"seed must be at least 0, got {self.seed}.")
         require(0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}.")
         require(0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
         require(self.zero_stage in (0, 1, 2, 3), f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}.")

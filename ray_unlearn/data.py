@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ray_unlearn.records import Example
 
 KINDS = ("sc", "qa")
 SHOWN_PROBLEMS = 20
+ROW_FIELDS = ("id", "input", "output", "task")
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,32 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
             raise InputError(f"{path} is not a readable parquet file: {error}.") from error
         return [(number, dict(row)) for number, row in enumerate(table, start=1)]
     rows: list[tuple[int, Any]] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # broken, nested too deep, or a number too long
                 rows.append((number, error))
     return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def _listing(directory: Path) -> str:
     return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
 
 
-def _problem(row: Any, fields: Sequence[str], seen: dict[str, int]) -> str | None:
-    """What is wrong with a row, or None."""
+def row_problem(row: Any, fields: Sequence[str], may_be_empty: Sequence[str] = ()) -> str | None:
+    """What is wrong with a row's fields, or None."""
     if isinstance(row, json.JSONDecodeError):
         return f"broken JSON: {row.msg} at column {row.colno}"
+    if isinstance(row, Exception):
+        return f"broken JSON: {type(row).__name__}: {row}"
     if not isinstance(row, dict):
         return f"a row must be a JSON object, got {row!r:.60}"
     for name in fields:
@@ -97,13 +104,20 @@ def _problem(row: Any, fields: Sequence[str], seen: dict[str, int]) -> str | Non
             return f"field {name!r} is missing; the row has {sorted(row)}"
         if not isinstance(row[name], str):
             return f"field {name!r} must be text, got {row[name]!r:.60}"
-        if not row[name].strip():
+        if name not in may_be_empty and not row[name].strip():
             return f"field {name!r} is empty"
-    if row["id"] in seen:
-        return f"id {row['id']!r} is already used in row {seen[row['id']]}"
-    if "input" in fields and kind_of(row) not in KINDS:
-        return f"id {row['id']!r} does not end in sc or qa and a digit, and there is no column 'kind' saying sc or qa"
+        if not row[name].isascii() and any("\ud800" <= letter <= "\udfff" for letter in row[name]):
+            return f"field {name!r} holds half of a surrogate pair, which is no text"
     return None
+
+
+def kind_problem(row: dict[str, Any]) -> str | None:
+    """Why a row's kind is not known, or None."""
+    if kind_of(row) in KINDS:
+        return None
+    if row.get("kind") is not None:
+        return f"kind must be sc or qa, got {row['kind']!r}"
+    return f"id {row['id']!r} does not end in sc or qa and a digit, and there is no column 'kind' saying sc or qa"
 
 
 def kind_of(row: dict[str, Any]) -> str | None:
@@ -114,23 +128,39 @@ def kind_of(row: dict[str, Any]) -> str | None:
     return row["id"][:-1][-2:] if row["id"][:-1][-2:] in KINDS else None
 
 
-def check_rows(path: Path, fields: Sequence[str], skip_bad: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """The good rows of a file and the number of dropped ones; raises InputError listing the bad ones."""
-    good: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class _Scanned:
+    """A file's good rows with their numbers, and the problems of the others."""
+
+    path: Path
+    rows: list[tuple[int, dict[str, Any]]]
+    problems: list[str]
+
+
+def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
+    good: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
     for number, row in read_rows(path):
-        problem = _problem(row, fields, seen)
+        problem = row_problem(row, fields)
+        if problem is None and "input" in fields:
+            problem = kind_problem(row)
+        if problem is None and row["id"] in seen:
+            problem = f"id {row['id']!r} is already used in row {seen[row['id']]}"
         if problem:
             problems.append(f"{path}:{number}: {problem}")
         else:
             seen[row["id"]] = number
-            good.append(row)
+            good.append((number, row))
+    return _Scanned(path, good, problems)
+
+
+def _refuse(problems: Sequence[str], files: Sequence[_Scanned], skip_bad: bool) -> None:
     if problems and not skip_bad:
         raise InputError(listing("bad rows", problems, "Mend them, or drop them with --skip-bad-rows."))
-    if not good:
-        raise InputError(f"{path} has no {'good ' if problems else ''}rows; at least one is needed.")
-    return good, len(problems)
+    for file in files:
+        if not file.rows:
+            raise InputError(f"{file.path} has no {'good ' if problems else ''}rows; at least one is needed.")
 
 
 def listing(what: str, problems: Sequence[str], advice: str) -> str:
@@ -141,39 +171,58 @@ def listing(what: str, problems: Sequence[str], advice: str) -> str:
     return f"{len(problems)} {what}:\n  " + "\n  ".join(shown) + f"\n{advice}"
 
 
-def load_examples(path: str | Path, stem: str, skip_bad: bool = False) -> Loaded:
-    """Examples of a forget or retain file, in file order. `stem` is `forget` or `retain`."""
-    file = find_file(path, stem)
-    rows, dropped = check_rows(file, ("id", "input", "output", "task"), skip_bad)
-    examples = [
-        Example(id=r["id"], input=r["input"], output=r["output"], task=r["task"], kind=kind_of(r) or "") for r in rows
+def load_pair(forget: str | Path, retain: str | Path, skip_bad: bool = False) -> tuple[Loaded, Loaded]:
+    """Examples of a forget and a retain file, in file order; all bad rows of both are listed, or dropped and counted.
+
+    A row that is in both files is bad in both: it is to be forgotten or kept. Raises InputError for
+    those too, and for splits that differ in their tasks and kinds.
+    """
+    files = [_scan(find_file(forget, "forget"), ROW_FIELDS), _scan(find_file(retain, "retain"), ROW_FIELDS)]
+    there = {_content(row): number for number, row in files[1].rows}
+    clashing = {_content(row) for _, row in files[0].rows} & set(there)
+    problems = files[0].problems + files[1].problems
+    problems += [
+        f"{files[0].path}:{number}: the same row is in {files[1].path}:{there[_content(row)]}"
+        for number, row in files[0].rows
+        if _content(row) in clashing
     ]
-    return Loaded(examples, dropped, file_digest(file))
+    kept = [
+        _Scanned(file.path, [(n, row) for n, row in file.rows if _content(row) not in clashing], file.problems)
+        for file in files
+    ]
+    _refuse(problems, kept, skip_bad)
+    left, right = (
+        Loaded(
+            [_example(row) for _, row in clean.rows],
+            len(file.problems) + len(file.rows) - len(clean.rows),
+            file_digest(file.path),
+        )
+        for file, clean in zip(files, kept, strict=True)
+    )
+    check_cells(left.examples, right.examples)
+    return left, right
 
 
-def load_documents(path: str | Path) -> list[str]:
+def _content(row: dict[str, Any]) -> tuple[str, str]:
+    return row["input"], row["output"]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(id=row["id"], input=row["input"], output=row["output"], task=row["task"], kind=kind_of(row) or "")
+
+
+def load_documents(path: str | Path, skip_bad: bool = False) -> list[str]:
     """Documents of an MIA file, in file order."""
-    rows, _ = check_rows(find_file(path, "mia"), ("id", "document"))
-    return [row["document"] for row in rows]
+    file = _scan(find_file(path, "mia"), ("id", "document"))
+    _refuse(file.problems, [file], skip_bad)
+    return [row["document"] for _, row in file.rows]
 
 
-def check_pair(forget: Sequence[Example], retain: Sequence[Example]) -> None:
-    """Refuses a row that is in both sets, and sets that differ in their tasks and kinds."""
-    kept = {(example.input, example.output): example.id for example in retain}
-    both = [
-        f"forget row {example.id!r} is retain row {kept[example.input, example.output]!r}: {example.input[:60]!r}"
-        for example in forget
-        if (example.input, example.output) in kept
-    ]
-    if both:
-        raise InputError(listing("rows are in forget and in retain", both, "A row is to be forgotten or kept."))
-    check_cells({(e.task, e.kind) for e in forget}, {(e.task, e.kind) for e in retain})
-
-
-def check_cells(forget: set[tuple[str, str]], retain: set[tuple[str, str]]) -> None:
+def check_cells(forget: Iterable[Example], retain: Iterable[Example]) -> None:
     """Refuses two splits that do not have the same tasks and kinds, naming the missing cells."""
-    missing = [f"retain lacks {task}/{kind}" for task, kind in sorted(forget - retain)]
-    missing += [f"forget lacks {task}/{kind}" for task, kind in sorted(retain - forget)]
+    left, right = ({(example.task, example.kind) for example in split} for split in (forget, retain))
+    missing = [f"retain lacks {task}/{kind}" for task, kind in sorted(left - right)]
+    missing += [f"forget lacks {task}/{kind}" for task, kind in sorted(right - left)]
     if missing:
         raise InputError(f"both splits must have the same tasks and kinds: {'; '.join(missing)}.")
 
@@ -221,15 +270,18 @@ def load_mmlu(directory: str | Path) -> tuple[dict[str, list[Question]], list[Qu
         if not shots.exists():
             raise InputError(f"{file} has no dev file: {shots} is missing.")
         dev[subject] = _read_questions(shots, subject)
-        test += _read_questions(file, subject)
+        questions = _read_questions(file, subject)
+        if not questions:
+            raise InputError(f"{file} has no questions; at least one is needed.")
+        test += questions
     return dev, test
 
 
 def _read_questions(path: Path, subject: str) -> list[Question]:
     questions = []
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.StringIO(_read_text(path), newline="") as file:
         for number, row in enumerate(csv.reader(file), start=1):
-            if len(row) != 6 or row[5].strip() not in "ABCD" or not row[5].strip():
+            if len(row) != 6 or row[5].strip() not in ("A", "B", "C", "D"):
                 raise InputError(f"{path}:{number}: expected question, A, B, C, D, letter; got {row!r:.120}.")
             questions.append(Question(subject, row[0], (row[1], row[2], row[3], row[4]), "ABCD".index(row[5].strip())))
     return questions

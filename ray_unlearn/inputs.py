@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ray_unlearn.data import (
     Question,
-    check_pair,
+    check_cells,
     document_of,
     file_digest,
     find_file,
     limit_documents,
     load_documents,
-    load_examples,
     load_mmlu,
+    load_pair,
 )
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import DataPart
@@ -41,16 +41,14 @@ class Inputs:
 def load_inputs(data: DataPart, seed: int, benchmark: Path | None = None) -> Inputs:
     """All of a job's data; paths left null are those of the embedded benchmark's folder."""
     paths = {name: _path(data, name, benchmark) for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu")}
-    loaded = {name: load_examples(paths[name], name, data.skip_bad_rows) for name in ("forget", "retain")}
-    check_pair(loaded["forget"].examples, loaded["retain"].examples)
+    pair = dict(zip(("forget", "retain"), load_pair(paths["forget"], paths["retain"], data.skip_bad_rows), strict=True))
     limits = data.limit
-    forget = limit_documents(loaded["forget"].examples, limits)
-    retain = limit_documents(loaded["retain"].examples, limits)
-    check_pair(forget, retain)
-    members = load_documents(paths["mia_member"])
+    forget, retain = (limit_documents(loaded.examples, limits) for loaded in pair.values())
+    check_cells(forget, retain)
+    members = load_documents(paths["mia_member"], data.skip_bad_rows)
     if limits is not None:
         members = _members_of(members, forget)
-    nonmembers = load_documents(paths["mia_nonmember"])
+    nonmembers = load_documents(paths["mia_nonmember"], data.skip_bad_rows)
     if data.mia_limit is not None:
         members, nonmembers = members[: data.mia_limit], nonmembers[: 2 * data.mia_limit]
     if len(nonmembers) < 2:
@@ -72,7 +70,7 @@ def load_inputs(data: DataPart, seed: int, benchmark: Path | None = None) -> Inp
         "mia_nonmember": paths["mia_nonmember"],
     }
     digests = {name: file_digest(path) for name, path in files.items()}
-    dropped = {name: part.dropped for name, part in loaded.items()}
+    dropped = {name: loaded.dropped for name, loaded in pair.items()}
     return Inputs(forget=forget, retain=retain, search_set=search, final_set=final, digests=digests, dropped=dropped)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ray_unlearn.models import DTYPES
 from ray_unlearn.recipes import RECIPES, recipe
 from ray_unlearn.scoring import EvalSettings
 
+VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
 RECIPE_KEYS = (
     "forget_weight",
     "retain_weight",
@@ -194,26 +197,50 @@ class Job:
         self.first_points()
 
     def _check_numbers(self) -> None:
-        at_least_1 = {
-            "search.trials": self.search.trials,
-            "resources.workers": self.resources.workers,
-            "resources.concurrency": self.resources.concurrency,
-            "merge.max_members": self.merge.max_members,
+        data, search, merge, resources, selection = self.data, self.search, self.merge, self.resources, self.selection
+        settings = {f"target.settings.{key}": value for key, value in self.target.settings.__dict__.items()}
+        learning_rate = settings.pop("target.settings.learning_rate")
+        settings.pop("target.settings.seed")
+        at_least_1 = settings | {
+            "search.trials": search.trials,
+            "resources.workers": resources.workers,
+            "resources.concurrency": resources.concurrency,
+            "merge.max_members": merge.max_members,
+            "merge.pool": merge.pool,
             "target.epochs": self.target.epochs,
             "target.batch_size": self.target.batch_size,
+            "data.mia_limit": 1 if data.mia_limit is None else data.mia_limit,
+            "data.mmlu_limit": 1 if data.mmlu_limit is None else data.mmlu_limit,
         }
+        limits = data.limit if isinstance(data.limit, dict) else {"": 1 if data.limit is None else data.limit}
+        for task, limit in limits.items():
+            require(isinstance(limit, int), f"data.limit takes whole numbers, got {limit!r} for {task!r}.")
+            at_least_1[f"data.limit {task}".strip()] = limit
         for name, value in at_least_1.items():
             require(value >= 1, f"{name} must be at least 1, got {value}: a budget of 0 does nothing.")
-        require(self.merge.candidates >= 0, f"merge.candidates must be at least 0, got {self.merge.candidates}.")
+        at_least_0 = {
+            "merge.candidates": merge.candidates,
+            "merge.startup": merge.startup,
+            "search.startup": search.startup,
+            "resources.gpus_per_worker": resources.gpus_per_worker,
+            "selection.examples": selection.examples,
+        }
+        for name, number in at_least_0.items():
+            require(number >= 0, f"{name} must be at least 0, got {number}.")
+        above_0 = {
+            "target.learning_rate": self.target.learning_rate,
+            "target.settings.learning_rate": learning_rate,
+            "resources.cpus_per_worker": resources.cpus_per_worker,
+        }
+        for name, number in above_0.items():
+            require(math.isfinite(number) and number > 0, f"{name} must be a number above 0, got {number}.")
+        floor, weights = selection.utility_floor, selection.weights
+        require(0 < floor <= 1, f"selection.utility_floor must be in (0, 1], got {floor}.")
         require(
-            0 < self.selection.utility_floor <= 1,
-            f"selection.utility_floor must be in (0, 1], got {self.selection.utility_floor}.",
-        )
-        weights = self.selection.weights
-        require(
-            len(weights) == 3 and min(weights) >= 0 and sum(weights) > 0,
+            len(weights) == 3 and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0,
             f"selection.weights must be three numbers of at least 0, not all 0, got {weights}.",
         )
+        require(bool(merge.methods), "merge.methods is empty; name at least one: " + ", ".join(MERGES))
 
     def first_points(self) -> list[dict[str, Any]]:
         """The first points as mappings of searched parameters; recipe names are looked up."""
@@ -255,7 +282,7 @@ def _expand(value: Any) -> Any:
     if not isinstance(value, str) or "$" not in value:
         return value
     expanded = os.path.expandvars(value)
-    if "$" in expanded:
+    if VARIABLE.search(expanded):
         raise InputError(
             f"{value!r} names an environment variable that is not set: export it, or give the value by --set."
         )

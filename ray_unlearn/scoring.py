@@ -200,7 +200,11 @@ def document_losses(
     model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings, shard: Shard = ALONE
 ) -> list[float]:
     """Mean next-token cross-entropy over each whole document, the MIA's signal."""
-    mine = shard.take([Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents])
+    rows = [Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents]
+    for text, row in zip(documents, rows, strict=True):
+        if len(row.ids) < 2:
+            raise InputError(f"an MIA document needs at least two tokens to have a loss, got {text!r}.")
+    mine = shard.take(rows)
     return shard.join(sequence_losses(model, tokenizer, mine, settings, "document"), len(documents))
 
 

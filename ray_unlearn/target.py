@@ -15,7 +15,7 @@ from typing import Any
 from ray_unlearn import benchmark
 from ray_unlearn.benchmark import EmbeddedSettings
 from ray_unlearn.config import digest
-from ray_unlearn.data import Encoded, by_length, check_pair, collate, encode, limit_documents, load_examples
+from ray_unlearn.data import Encoded, by_length, collate, encode, limit_documents, load_pair
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job
 from ray_unlearn.models import check_model, load_model, load_tokenizer, save_model
@@ -179,8 +179,7 @@ def build_target_at(
 ) -> Path:
     """A base model fine-tuned on the rows of two files, written to `out`."""
     check_model(base)
-    sets = [load_examples(path, name, skip_bad).examples for path, name in ((forget, "forget"), (retain, "retain"))]
-    check_pair(*sets)
-    rows = [row for examples in sets for row in limit_documents(examples, limit)]
+    pair = load_pair(forget, retain, skip_bad)
+    rows = [row for loaded in pair for row in limit_documents(loaded.examples, limit)]
     options["seed"] = options.get("seed") or 0
     return make_target(base, [(row.input, row.output) for row in rows], out, log, **options)

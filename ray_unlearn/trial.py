@@ -144,7 +144,7 @@ def _train_step(
         rows = [forget[i] for i in mine[0]] + [retain[i] for i in mine[1]]
         idle = not rows
         batch = collate(rows or [retain[0]], pad_id, engine.device)
-        loss, parts = step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle)
+        loss, parts = step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle, not step.forget)
         totals = {name: totals.get(name, 0.0) + value / shares for name, value in parts.items()}
         tokens += 0 if idle else int(batch.attention.sum())
         if worker.agree(1.0 if math.isfinite(sum(parts.values())) else 0.0) < 1.0:
@@ -165,11 +165,13 @@ def step_loss(
     num_forget: int,
     weights: tuple[float, ...],
     idle: bool = False,
+    repair: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss of a batch whose first `num_forget` rows are forget rows, and its parts.
 
-    A batch without forget rows (repair, or a rank whose share holds none) has only retain terms;
-    `idle` marks a dummy batch that takes part in the collective passes and weighs nothing.
+    `repair` marks a step of the second phase: it descends on retain rows under any method, by
+    cross-entropy where the method has no retain terms of its own. `idle` marks a dummy batch that
+    takes part in the collective passes and weighs nothing.
     """
     method = METHODS[config.method]
     logits = engine(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1].float()
@@ -188,8 +190,7 @@ def step_loss(
         else:
             parts["forget"] = gradient_ascent(logps[:num_forget], mask, config.ascent_bound)
     if num_forget < len(batch.ids):
-        # Repair is descent on retain rows under any method; a method without retain terms repairs by CE.
-        retain_terms = method.retain or (("cross_entropy",) if not num_forget else ())
+        retain_terms = method.retain or (("cross_entropy",) if repair else ())
         if "cross_entropy" in retain_terms:
             parts["retain"] = cross_entropy(logps[num_forget:], batch.mask(config.retain_on)[num_forget:])
         if "kl_divergence" in retain_terms:

@@ -95,7 +95,9 @@ def test_score_without_all_parts_has_no_final(tmp_path, capsys):
 def test_score_refusals(tmp_path, capsys):
     out = tmp_path / "scores.json"
     path = predictions(tmp_path / "p.jsonl", [prediction("asc0", "forget"), prediction("bqa0", "retain")])
-    assert "retain lacks Task1/sc; forget lacks Task1/qa" in refused(capsys, "score", "--predictions", path, "--out", out)
+    assert "retain lacks Task1/sc; forget lacks Task1/qa" in refused(
+        capsys, "score", "--predictions", path, "--out", out
+    )
     path = predictions(tmp_path / "p.jsonl", [prediction("asc0", "forget"), prediction("bsc0", "retain")])
     assert "missing ['Task1/qa'" in refused(capsys, "score", "--predictions", path, "--official", "--out", out)
     losses = tmp_path / "losses.json"
@@ -165,13 +167,17 @@ def test_bad_jobs_are_refused_before_anything_is_built(tmp_path, capsys):
 def test_a_space_with_an_unknown_parameter_or_method_lists_the_known_ones(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray_unlearn.pipeline.job_target", lambda job, rows, log: (_ for _ in ()).throw(AssertionError))
     space = tmp_path / "mine.py"
-    space.write_text("def space(trial):\n    return {'learning_rat': trial.suggest_float('learning_rate', 1e-5, 1e-4)}\n")
+    space.write_text(
+        "def space(trial):\n    return {'learning_rat': trial.suggest_float('learning_rate', 1e-5, 1e-4)}\n"
+    )
     message = run_refused(capsys, tmp_path, search__spaces=[str(space)], search__fixed={})
     assert "unknown key in trial 'learning_rat'" in message and "Did you mean 'learning_rate'?" in message
     space.write_text("def space(trial):\n    return {'method': 'npoo'}\n")
     message = run_refused(capsys, tmp_path, search__spaces=[str(space)], search__fixed={}, search__ranges={})
     assert "unknown method 'npoo'" in message and "npo_kl_ce" in message
-    assert "unknown parameter in search.ranges" in run_refused(capsys, tmp_path, search__ranges={"learning_rte": [1, 2]})
+    assert "unknown parameter in search.ranges" in run_refused(
+        capsys, tmp_path, search__ranges={"learning_rte": [1, 2]}
+    )
     first = [{"space": "ascent_kl_ce", "learnin_rate": 1e-4}]
     assert "unknown parameter in search.first_points" in run_refused(capsys, tmp_path, search__first_points=first)
 

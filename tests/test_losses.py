@@ -385,7 +385,7 @@ def test_only_forget_rows_give_only_the_forget_term(method):
 def test_repair_descends_on_the_retain_terms_and_by_cross_entropy_where_there_are_none(method):
     config = TrialConfig(method=method, **OPTIONS)
     engine, tuned, rows = FakeEngine(), FakeTuned(), made_rows(3)
-    loss, shown = step_loss(engine, tuned, config, collate(rows, 0), 0, (0.0, 1.0))
+    loss, shown = step_loss(engine, tuned, config, collate(rows, 0), 0, (0.0, 1.0), repair=True)
     stand_in = "grad_diff" if not METHODS[method].retain else method
     parts = plain_parts(TrialConfig(method=stand_in, **OPTIONS), engine.module, tuned.base, [], rows)
     expected = sum(parts.values()) if not METHODS[method].retain else total(config, parts)
@@ -404,7 +404,7 @@ def test_an_idle_batch_weighs_nothing_but_reaches_every_parameter(method):
 
 
 @pytest.mark.parametrize(("num_forget", "num_retain", "shares"), [(4, 4, 2), (3, 5, 3), (1, 7, 2), (2, 2, 4)])
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.retain])
+@pytest.mark.parametrize("method", METHODS)
 def test_shares_weighted_by_their_rows_average_to_the_whole_batch(method, num_forget, num_retain, shares):
     """The weighting that a trial's step uses, whatever falls on a share: both kinds, one kind, or nothing."""
     config = TrialConfig(method=method, **OPTIONS)

@@ -10,7 +10,7 @@ from small import SETTINGS
 
 from ray_unlearn import benchmark
 from ray_unlearn.config import digest
-from ray_unlearn.data import load_documents, load_examples, load_mmlu
+from ray_unlearn.data import load_documents, load_mmlu, load_pair
 from ray_unlearn.models import load_model, load_tokenizer
 from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
 from ray_unlearn.target import build_embedded, build_target_at
@@ -53,9 +53,10 @@ def built(tmp_path_factory):
 
 def scores_of(place, name):
     dev, questions = load_mmlu(place / "mmlu")
+    forget, retain = load_pair(place, place)
     data = EvalSet(
-        forget=load_examples(place, "forget").examples,
-        retain=load_examples(place, "retain").examples,
+        forget=forget.examples,
+        retain=retain.examples,
         members=load_documents(place / "mia_member.jsonl"),
         nonmembers=load_documents(place / "mia_nonmember.jsonl"),
         dev=dev,
@@ -95,7 +96,7 @@ def test_a_target_from_any_base_learns_the_rows(tmp_path):
         epochs=30, batch_size=4, learning_rate=5e-3, seed=0,
     )  # fmt: skip
     assert "epoch 30/30" in lines[-1]
-    row = load_examples(tmp_path / "forget.jsonl", "forget").examples[1]
+    row = load_pair(tmp_path, tmp_path)[0].examples[1]
     model, tokenizer = load_model(str(tmp_path / "target")), load_tokenizer(str(tmp_path / "target"))
     _, texts = evaluate_model(model, tokenizer, EvalSet(forget=[row], retain=[row]), EvalSettings(max_new_tokens=24))
     assert texts[0].strip() == row.output

@@ -12,7 +12,7 @@ from small import SETTINGS
 
 from ray_unlearn import benchmark, cli
 from ray_unlearn.config import TrialConfig, to_dict
-from ray_unlearn.data import load_documents, load_examples, load_mmlu
+from ray_unlearn.data import load_documents, load_mmlu, load_pair
 from ray_unlearn.job import ResourcesPart
 from ray_unlearn.models import save_model
 from ray_unlearn.records import load_records
@@ -61,7 +61,7 @@ def launch(place, ray_here, tmp_path):
 
     def start(shared: bool = True, **resources):
         dev, questions = load_mmlu(place / "mmlu")
-        forget, retain = (load_examples(place, name).examples for name in ("forget", "retain"))
+        forget, retain = (loaded.examples for loaded in load_pair(place, place))
         members, nonmembers = (load_documents(place / f"mia_{name}.jsonl") for name in ("member", "nonmember"))
         spec = BenchSpec(
             model=ModelSource.of(str(place / "model"), shared=shared),
@@ -128,8 +128,8 @@ def test_warm_failures_are_records_and_a_killed_worker_gives_its_trial_back(laun
     ended = outcome(handle, misfit, "trial-0001")
     assert ended["status"] == "failed" and "no_such_layer" in ended["reason"] and "q_proj" in ended["reason"]
     long = TrialConfig(**to_dict(TRIAL) | {"epochs": 12, "snapshots": 4})
-    killed = False
-    for name, content in events(handle, "trial-0002", to_dict(long)):
+    killed, content = False, {}
+    for name, content in events(handle, "trial-0002", to_dict(long)):  # noqa: B007
         if name == "snapshot" and not killed:
             killed = True
             for process in psutil.process_iter(["cmdline"]):

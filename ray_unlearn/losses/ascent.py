@@ -28,4 +28,4 @@ def gradient_ascent(logps: Tensor, mask: Tensor, bound: float | None = None) -> 
     ascent from running away. Unbounded: TOFU (arXiv 2401.06121), gradient ascent.
     """
     nll = row_nll(logps, mask)
-    return -(nll if bound is None else nll.clamp(max=bound)).mean()
+    return -(nll if bound is None else torch.where(nll < bound, nll, bound)).mean()

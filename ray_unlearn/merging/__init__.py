@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -66,6 +67,9 @@ class MergeRecipe:
         for name, values in (("weights", self.weights), ("densities", self.densities)):
             if len(values) != count:
                 raise InputError(f"a merge of {count} members needs {count} {name}, got {len(values)}: {values}.")
+        for value in (*self.weights, self.lambda_):
+            if not math.isfinite(value):
+                raise InputError(f"weights and lambda must be finite, got {self.weights} and {self.lambda_}.")
         for density in self.densities:
             if not 0 < density <= 1:
                 raise InputError(f"a density must be above 0 and at most 1, got {density}.")

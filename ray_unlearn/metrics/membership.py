@@ -19,10 +19,17 @@ def auc(member_losses: Sequence[float], nonmember_losses: Sequence[float]) -> fl
         if not losses:
             raise InputError(f"MIA needs at least one {name} loss, got none.")
         for index, loss in enumerate(losses):
-            if not isinstance(loss, (int, float)) or isinstance(loss, bool) or not math.isfinite(loss):
-                raise InputError(f"MIA losses must be finite numbers; {name}[{index}] is {loss!r}.")
+            if not _finite(loss):
+                raise InputError(f"MIA losses must be finite numbers; {name}[{index}] is {loss!r:.60}.")
     labels = [1] * len(member_losses) + [0] * len(nonmember_losses)
     return float(roc_auc_score(labels, [-loss for loss in (*member_losses, *nonmember_losses)]))
+
+
+def _finite(loss: object) -> bool:
+    try:
+        return isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def mia_score(area: float) -> float:
