@@ -1,4 +1,4 @@
-"""The command line: arguments and printing, nothing else."""
+"""The command line: what each command calls, and what it prints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_unlearn.arguments import build_parser
 from ray_unlearn.cluster import prepare_environment
 from ray_unlearn.errors import InputError
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     prepare_environment()
     try:
-        return int(arguments.command(arguments))
+        return COMMANDS[arguments.command](arguments)
     except InputError as error:
         return _fail(arguments, error, 2)
     except KeyboardInterrupt:
@@ -248,196 +249,19 @@ def _submit(a: argparse.Namespace) -> int:
     return submit(Path(a.job), a.address, a.set, a.out)
 
 
-# -- arguments -----------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """All commands, each with an example in its help."""
-    parser = argparse.ArgumentParser(
-        prog="ray-unlearn", description="Distributed search and merging for LLM unlearning."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_target(commands)
-    _add_train(commands)
-    _add_evaluate(commands)
-    _add_score(commands)
-    _add_merge(commands)
-    p = _command(commands, "report", _report, "write a run's report again from its records", "report runs/quickstart")
-    p.add_argument("run_dir", metavar="RUN_DIR")
-    for name, function, what in (
-        ("methods", _methods, "unlearning methods"),
-        ("recipes", _recipes, "published configurations"),
-        ("merge-methods", _merge_methods, "merge methods"),
-    ):
-        p = _command(commands, name, function, f"list {what} with formula, parameters, source", f"{name} --json")
-        _json(p)
-    p = _command(
-        commands,
-        "submit",
-        _submit,
-        "send a job to a Ray cluster and follow its log",
-        "submit jobs/cluster.yaml --address http://head:8265",
-    )
-    p.add_argument("job", metavar="JOB.yaml")
-    p.add_argument("--address", required=True, help="http://HOST:8265 of the cluster's dashboard")
-    p.add_argument(
-        "--out", help="the run's directory on the cluster (default: runs/NAME in the job's working directory)"
-    )
-    _set(p)
-    return parser
-
-
-def _command(commands: Any, name: str, function: Command, what: str, example: str) -> argparse.ArgumentParser:
-    p: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog=f"example:\n  ray-unlearn {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.set_defaults(command=function)
-    p.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    return p
-
-
-def _json(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else there")
-
-
-def _set(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key (dotted); repeatable"
-    )
-
-
-def _add_run(commands: Any) -> None:
-    p = _command(
-        commands,
-        "run",
-        _run,
-        "run or resume the main job: target, search, merges, selection, report",
-        "run jobs/quickstart.yaml --out runs/first --set search.trials=20",
-    )
-    p.add_argument("job", nargs="?", metavar="JOB.yaml", help="job file (default: the embedded quickstart)")
-    p.add_argument("--out", help="the run's directory (default: runs/NAME); an unfinished run in it is resumed")
-    p.add_argument(
-        "--address", metavar="RAY", help="Ray cluster to join (default: RAY_ADDRESS, else one is started here)"
-    )
-    _set(p)
-    _json(p)
-
-
-def _add_target(commands: Any) -> None:
-    p = _command(
-        commands,
-        "target",
-        _target,
-        "build a model that knows both sets",
-        "target --benchmark embedded --out targets/embedded",
-    )
-    p.add_argument(
-        "--benchmark", choices=["embedded"], help="the embedded benchmark: data, target, retrained reference"
-    )
-    p.add_argument("--base", metavar="M", help="model directory, .gguf file or hub id to fine-tune on the rows")
-    p.add_argument("--forget", metavar="F")
-    p.add_argument("--retain", metavar="R")
-    p.add_argument("--limit", type=int, metavar="N", help="documents of each task that are kept")
-    p.add_argument("--epochs", type=int, default=10)
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--learning-rate", type=float, default=2e-4)
-    p.add_argument("--seed", type=int, default=None)
-    p.add_argument("--skip-bad-rows", action="store_true")
-    p.add_argument("--out", required=True, metavar="DIR")
-
-
-def _add_train(commands: Any) -> None:
-    p = _command(
-        commands,
-        "train",
-        _train,
-        "run one unlearning trial on Ray Train and DeepSpeed",
-        "train --model M --forget forget.jsonl --retain retain.jsonl --recipe zjuklab-model2 --out trials/zju2",
-    )
-    _model_and_data(p)
-    p.add_argument("--recipe", metavar="NAME", help="a published configuration (see: ray-unlearn recipes)")
-    p.add_argument("--config", metavar="FILE", help="YAML mapping of trial settings")
-    _set(p)
-    p.add_argument("--address", metavar="RAY")
-    p.add_argument("--workers", type=int, default=1)
-    p.add_argument("--gpus-per-worker", type=float, default=0)
-    _eval_options(p)
-    _json(p)
-    p.add_argument("--out", required=True, metavar="DIR")
-
-
-def _add_evaluate(commands: Any) -> None:
-    p = _command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "score one model",
-        "evaluate --model M --forget forget.jsonl --retain retain.jsonl --mmlu mmlu --out scores.json",
-    )
-    _model_and_data(p)
-    p.add_argument("--adapter", metavar="A", help="PEFT adapter directory on top of the model")
-    p.add_argument("--mia-member", metavar="F")
-    p.add_argument("--mia-nonmember", metavar="F")
-    p.add_argument("--mmlu", metavar="DIR")
-    p.add_argument("--official", action="store_true", help="demand the shared task's twelve terms and its settings")
-    _eval_options(p)
-    _json(p)
-    p.add_argument("--out", required=True, metavar="scores.json")
-
-
-def _add_score(commands: Any) -> None:
-    p = _command(
-        commands,
-        "score",
-        _score,
-        "score generations made elsewhere",
-        "score --predictions P.jsonl --mia losses.json --mmlu-accuracy 0.44 --out scores.json",
-    )
-    p.add_argument("--predictions", required=True, metavar="P.jsonl")
-    p.add_argument("--mia", metavar="losses.json")
-    p.add_argument("--mmlu-accuracy", type=float, metavar="X")
-    p.add_argument("--official", action="store_true", help="demand the shared task's twelve terms")
-    _json(p)
-    p.add_argument("--out", required=True, metavar="scores.json")
-
-
-def _add_merge(commands: Any) -> None:
-    p = _command(
-        commands,
-        "merge",
-        _merge,
-        "merge adapters or full checkpoints into a model directory",
-        "merge --base M --adapters A B --method ties --density 0.8 --weights 1 1 --out merged",
-    )
-    p.add_argument("--base", required=True, metavar="M")
-    p.add_argument(
-        "--adapters", required=True, nargs="+", metavar="A", help="adapter, snapshot or full model directories"
-    )
-    p.add_argument("--method", default="ties")
-    p.add_argument("--density", type=float, nargs="+", default=[1.0], metavar="D", help="one for all, or one for each")
-    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each (default: 1)")
-    p.add_argument("--lambda", dest="lambda_", type=float, default=1.0, metavar="L")
-    p.add_argument("--out", required=True, metavar="DIR")
-
-
-def _model_and_data(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, metavar="M", help="model directory, .gguf file or hub id")
-    p.add_argument("--forget", required=True, metavar="F", help=".jsonl or .parquet, or a directory with forget.*")
-    p.add_argument("--retain", required=True, metavar="R", help=".jsonl or .parquet, or a directory with retain.*")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    p.add_argument("--skip-bad-rows", action="store_true", help="drop and count bad rows instead of refusing the file")
-
-
-def _eval_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--max-new-tokens", type=int, default=256)
-    p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--mmlu-mode", default="letters", choices=["letters", "cloze"])
-    p.add_argument("--mmlu-shots", type=int, default=5)
+COMMANDS: dict[str, Command] = {
+    "run": _run,
+    "target": _target,
+    "train": _train,
+    "evaluate": _evaluate,
+    "score": _score,
+    "merge": _merge,
+    "report": _report,
+    "methods": _methods,
+    "recipes": _recipes,
+    "merge-methods": _merge_methods,
+    "submit": _submit,
+}
 
 
 def entry() -> None:

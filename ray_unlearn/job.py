@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ray_unlearn.benchmark import EmbeddedSettings
-from ray_unlearn.config import TrialConfig, from_dict, one_of, require, to_dict
+from ray_unlearn.config import TrialConfig, from_dict, one_of, require
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MERGES
 from ray_unlearn.models import DTYPES
@@ -79,20 +79,6 @@ class DataPart:
     """Questions kept, evenly over the subjects; null for all."""
     skip_bad_rows: bool = False
     """Drop and count bad rows instead of refusing the file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationPart:
-    """How every model of the run is scored."""
-
-    max_new_tokens: int = 256
-    batch_size: int = 32
-    mmlu_mode: str = "letters"
-    mmlu_shots: int = 5
-
-    def settings(self) -> EvalSettings:
-        """The same as EvalSettings."""
-        return EvalSettings(**to_dict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +155,7 @@ class Job:
     model: ModelPart = field(default_factory=ModelPart)
     target: TargetPart = field(default_factory=TargetPart)
     data: DataPart = field(default_factory=DataPart)
-    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    evaluation: EvalSettings = field(default_factory=EvalSettings)
     search: SearchPart = field(default_factory=SearchPart)
     resources: ResourcesPart = field(default_factory=ResourcesPart)
     merge: MergePart = field(default_factory=MergePart)
@@ -190,7 +176,6 @@ class Job:
             for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
                 require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
         self._check_numbers()
-        self.evaluation.settings()
         for name in self.merge.methods:
             one_of("merge.methods", name, tuple(MERGES))
         from_dict(TrialConfig, self.search.fixed, "search.fixed")

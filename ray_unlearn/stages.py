@@ -47,7 +47,7 @@ def score_models(run: Run, paths: Sequence[str], eval_set: EvalSet) -> list[tupl
     """Scores and generations of whole models, each in its own Ray task, side by side where there is room."""
     resources = run.job.resources
     task = ray.remote(_score).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
-    settings, threads = run.job.evaluation.settings(), max(1, int(resources.cpus_per_worker))
+    settings, threads = run.job.evaluation, max(1, int(resources.cpus_per_worker))
     sources = [ModelSource.of(path, run.shared) for path in paths]
     return ray.get([task.remote(source, eval_set, settings, run.job.model.dtype, threads) for source in sources])
 
@@ -73,7 +73,7 @@ def bench_spec(run: Run) -> BenchSpec:
         forget=run.inputs.forget,
         retain=run.inputs.retain,
         eval_set=run.inputs.search_set,
-        eval_settings=run.job.evaluation.settings(),
+        eval_settings=run.job.evaluation,
         dtype=run.job.model.dtype,
         utility_floor=run.floor,
     )
