@@ -65,6 +65,10 @@ def _set(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _skip(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--skip-bad-rows", action="store_true", help="drop and count bad rows instead of refusing the file")
+
+
 def _add_run(commands: Any) -> None:
     p = _command(
         commands,
@@ -99,7 +103,7 @@ def _add_target(commands: Any) -> None:
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--learning-rate", type=float, default=2e-4)
     p.add_argument("--seed", type=int, default=None)
-    p.add_argument("--skip-bad-rows", action="store_true")
+    _skip(p)
     p.add_argument("--out", required=True, metavar="DIR")
 
 
@@ -178,7 +182,7 @@ def _model_and_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--forget", required=True, metavar="F", help=".jsonl or .parquet, or a directory with forget.*")
     p.add_argument("--retain", required=True, metavar="R", help=".jsonl or .parquet, or a directory with retain.*")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    p.add_argument("--skip-bad-rows", action="store_true", help="drop and count bad rows instead of refusing the file")
+    _skip(p)
 
 
 def _eval_options(p: argparse.ArgumentParser) -> None:

@@ -56,7 +56,8 @@ def _run(a: argparse.Namespace) -> int:
 
     path = Path(a.job) if a.job else shipped("jobs") / "quickstart.yaml"
     out = a.out or f"runs/{path.stem}"
-    result = run(load_job(path, a.set), out, a.address, Progress())
+    overrides = [*a.set, *(["data.skip_bad_rows=true"] if a.skip_bad_rows else [])]
+    result = run(load_job(path, overrides), out, a.address, Progress())
     summary = json.loads((result.run_dir / "summary.json").read_text())
     if a.json:
         _print(summary)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_unlearn.config import digest
 from ray_unlearn.data import (
     Question,
     check_cells,
@@ -70,6 +71,7 @@ def load_inputs(data: DataPart, seed: int, benchmark: Path | None = None) -> Inp
         "mia_nonmember": paths["mia_nonmember"],
     }
     digests = {name: file_digest(path) for name, path in files.items()}
+    digests["mmlu"] = digest([file_digest(path) for path in sorted(paths["mmlu"].glob("*/*.csv"))])
     dropped = {name: loaded.dropped for name, loaded in pair.items()}
     return Inputs(forget=forget, retain=retain, search_set=search, final_set=final, digests=digests, dropped=dropped)
 

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ray_unlearn.cluster import cluster
-from ray_unlearn.config import from_dict, to_dict
-from ray_unlearn.errors import InputError
-from ray_unlearn.inputs import Inputs, load_inputs
-from ray_unlearn.job import Job, differences
+from ray_unlearn.config import from_dict
+from ray_unlearn.inputs import load_inputs
+from ray_unlearn.job import Job, load_job
 from ray_unlearn.models import check_model
 from ray_unlearn.progress import Progress
-from ray_unlearn.records import (
-    Scores,
-    git_commit,
-    load_records,
-    versions,
-    write_json,
-    write_text,
-)
+from ray_unlearn.records import Scores
 from ray_unlearn.report import write_report
-from ray_unlearn.spaces import load_space
+from ray_unlearn.rundir import Run, check_disk, check_storage, claim, stage, write_job, write_summary
+from ray_unlearn.spaces import Space, load_space
 from ray_unlearn.target import job_target
-
-DISK_MARGIN = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,36 +30,27 @@ class RunResult:
     feasible: bool
 
 
-@dataclass(kw_only=True)
-class Run:
-    """A run under way: its job, its folder, and what the stages hand to each other."""
+def run(
+    job: Job | str | Path | dict[str, Any],
+    out: str | Path | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Runs or resumes a job: a Job, a YAML file or plain values; `out` is runs/NAME unless given.
 
-    job: Job
-    dir: Path
-    progress: Progress
-    inputs: Inputs
-    model_path: str
-    reference_path: str | None
-    shared: bool
-    baseline: Scores | None = None
-
-    @property
-    def floor(self) -> float:
-        """The utility that a candidate must exceed."""
-        assert self.baseline is not None
-        return self.job.selection.utility_floor * (self.baseline.utility or 0.0)
-
-
-def run(job: Job, out: str | Path, address: str | None = None, progress: Progress | None = None) -> RunResult:
-    """Runs or resumes a job in the directory `out`; raises InputError for bad input or another job's directory."""
-    from ray_unlearn import stages
+    Raises InputError for bad input or another job's directory, RuntimeError when nothing is feasible.
+    """
+    from ray_unlearn.search import check_space
 
     progress = progress or Progress(quiet=True)
-    out = Path(out).expanduser().resolve()
+    name = Path(job).stem if isinstance(job, (str, Path)) else "job"
+    out = Path(out or f"runs/{name}").expanduser().resolve()
+    if not isinstance(job, Job):
+        job = from_dict(Job, job) if isinstance(job, dict) else load_job(Path(job))
     needed = job.resources.workers * job.resources.cpus_per_worker * job.resources.concurrency
     claim(out, job)
-    space, texts = load_space(job.search.spaces, job.search.fixed, job.search.ranges)
-    configs = stages.check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
+    configs = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     for model in (job.model.path, job.target.base):
         if model is not None:
             check_model(model)
@@ -102,22 +77,11 @@ def run(job: Job, out: str | Path, address: str | None = None, progress: Progres
             shared=shared,
         )
         check_storage(job, shared)
-        with stage(out, "baseline"):
-            state.baseline = stages.baseline(state)
-        with stage(out, "search"):
-            stages.search(state, space)
-        with stage(out, "merge"):
-            stages.merge(state)
-        with stage(out, "selection"):
-            choice = stages.select(state)
+        choice = _stages(state, space)
     summary = write_summary(out)
     write_report(out)
     if choice is None:
-        raise RuntimeError(
-            f"no candidate is feasible: every snapshot's utility is at most {state.floor:.3f} "
-            f"({job.selection.utility_floor:g} of the target's). {out / 'report.html'} shows how they went; "
-            "give the search more trials, gentler learning rates, or a lower selection.utility_floor."
-        )
+        raise RuntimeError(_nothing_feasible(state))
     return RunResult(
         run_dir=out,
         choice=choice,
@@ -127,137 +91,23 @@ def run(job: Job, out: str | Path, address: str | None = None, progress: Progres
     )
 
 
-# -- the run's directory -------------------------------------------------------------------------
+def _stages(state: Run, space: Space) -> str | None:
+    """The stages that need a cluster; the chosen candidate's id, or None where none is feasible."""
+    from ray_unlearn import stages
+
+    with stage(state.dir, "baseline"):
+        state.baseline = stages.baseline(state)
+    with stage(state.dir, "search"):
+        stages.search(state, space)
+    with stage(state.dir, "merge"):
+        stages.merge(state)
+    with stage(state.dir, "selection"):
+        return stages.select(state)
 
 
-def claim(out: Path, job: Job) -> None:
-    """Makes the directory, or checks that the run in it is of the same job."""
-    try:
-        (out / "records").mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"the run's directory {out} cannot be written: {error.strerror}. Give another with --out."
-        ) from error
-    path = out / "job.yaml"
-    if path.exists():
-        stated = yaml.safe_load(path.read_text())["job"]
-        differ = differences(stated, to_dict(job))
-        if differ:
-            raise InputError(
-                f"{out} holds a run of another job; these keys differ:\n  "
-                + "\n  ".join(differ)
-                + "\nGive another --out, or the same job to resume."
-            )
-
-
-def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> None:
-    """Writes job.yaml: job with defaults, versions, commit, data digests, texts of the spaces. Refuses changed data."""
-    path = out / "job.yaml"
-    if path.exists():
-        before = yaml.safe_load(path.read_text())["data_digests"]
-        changed = [name for name, value in inputs.digests.items() if before.get(name) != value]
-        if changed:
-            raise InputError(
-                f"the data of {out} have changed since it was begun: {', '.join(changed)}. Give another --out."
-            )
-        return
-    stated = {
-        "job": to_dict(job),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "data_digests": inputs.digests,
-        "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain)},
-        "search_spaces": space_texts,
-    }
-    write_text(path, yaml.safe_dump(stated, sort_keys=False, allow_unicode=True))
-
-
-def check_disk(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
-    """Refuses a run whose snapshots and outputs may not fit on the disk, with the arithmetic."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ray_unlearn.tuning import snapshot_bytes
-
-    if model_path.endswith(".gguf"):
-        model_bytes = largest = 4 * 2 * Path(model_path).stat().st_size  # 4-bit weights or wider, read as float32
-        count = job.search.trials * max(config.snapshots for config in configs)
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-        model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-        largest = max(snapshot_bytes(model, config) for config in configs)
-        count = job.search.trials * max(config.snapshots for config in configs)
-    members = 2 + (job.merge.max_members if job.merge.candidates else 0)
-    needed = int(DISK_MARGIN * (count * largest + members * model_bytes))
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise InputError(
-            f"{out} has {free / 2**30:.2f} GiB free, and the run may need {needed / 2**30:.2f}: "
-            f"{count} snapshots of up to {largest / 2**20:.1f} MiB, {members} models of {model_bytes / 2**20:.1f} MiB "
-            f"to merge and to write, times {DISK_MARGIN}. Free some, or lower search.trials or snapshots."
-        )
-
-
-def check_storage(job: Job, shared: bool) -> None:
-    """Refuses several nodes without a place that all of them can write: Ray Train needs one."""
-    import ray
-
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and not shared and job.resources.storage is None:
-        raise InputError(
-            f"the cluster has {nodes} nodes, and Ray Train needs a place that all of them can write: set "
-            "resources.storage to a shared folder or an s3:// URI, or resources.shared_storage to true if all nodes "
-            "see the run's directory."
-        )
-
-
-@contextmanager
-def stage(out: Path, name: str) -> Iterator[None]:
-    """Adds a stage's wall-clock seconds to seconds.json, over all the starts of a run."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        path = out / "seconds.json"
-        seconds = json.loads(path.read_text()) if path.exists() else {}
-        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
-        write_json(path, seconds)
-
-
-def write_summary(out: Path) -> dict[str, Any]:
-    """summary.json from the run's files; computes nothing but counts."""
-    trials, merges = load_records(out)
-    front = read_json(out / "front.json")
-    final = read_json(out / "final.json") or {}
-    summary = {
-        "target": final.get("target") or read_json(out / "baseline.json"),
-        "best": final.get("best"),
-        "choice": final.get("choice"),
-        "front_size": len(front["members"]) if front else 0,
-        "hypervolume": front["hypervolume"] if front else 0.0,
-        "trials": {status: sum(t.status == status for t in trials) for status in ("finished", "stopped", "failed")},
-        "merges": {status: sum(m.status == status for m in merges) for status in ("finished", "failed")},
-        "seconds": read_json(out / "seconds.json"),
-    }
-    # Contract: finished, pruned and failed; a trial that its own guard stopped is what Optuna's users call pruned.
-    summary["trials"]["pruned"] = summary["trials"].pop("stopped")
-    summary = {key: value for key, value in summary.items() if value is not None}
-    write_json(out / "summary.json", summary)
-    return summary
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def load_run_job(out: Path) -> Job:
-    """The job that a run's directory was made with."""
-    path = out / "job.yaml"
-    if not path.exists():
-        raise InputError(f"not a run directory: {out} has no job.yaml.")
-    return from_dict(Job, yaml.safe_load(path.read_text())["job"])
+def _nothing_feasible(state: Run) -> str:
+    return (
+        f"no candidate is feasible: every snapshot's utility is at most {state.floor:.3f} "
+        f"({state.job.selection.utility_floor:g} of the target's). {state.dir / 'report.html'} shows how they went; "
+        "give the search more trials, gentler learning rates, or a lower selection.utility_floor."
+    )

@@ -11,11 +11,11 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import Merger
 from ray_unlearn.merging.writer import write_merge
 from ray_unlearn.models import load_model, load_tokenizer, save_model
-from ray_unlearn.pipeline import Run
 from ray_unlearn.records import Candidate, MergeRecord, TrialRecord, versions, write_json, write_text
 from ray_unlearn.report import model_card
-from ray_unlearn.stages import score_models
+from ray_unlearn.rundir import Run
 from ray_unlearn.tuning import read_snapshot
+from ray_unlearn.workbench import score_models
 
 AGREEMENT = 1e-5
 """How far mergekit's weights may be from the merge that was scored."""
@@ -37,7 +37,7 @@ def deliver(run: Run, choice: Candidate) -> None:
     """Writes best/, scores it beside the target on unseen documents, then its card, then final.json."""
     difference = write_best(run, choice)
     paths = [run.model_path, str(run.dir / "best")] + ([run.reference_path] if run.reference_path else [])
-    (target, before), (best, after), *reference = score_models(run, paths, run.inputs.final_set)
+    (target, before), (best, after), *reference = score_models(run.job, paths, run.inputs.final_set, run.shared)
     weights = run.job.selection.weights
     even = len(set(weights)) == 1
     rule = "highest final among feasible candidates" if even else f"highest mean of the objectives, weighted {weights}"

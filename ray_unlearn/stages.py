@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import ray
 
 from ray_unlearn import search as searching
+from ray_unlearn import selection
 from ray_unlearn.executor import Executor
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
 from ray_unlearn.merging.writer import remove_leftovers
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
-from ray_unlearn.pipeline import Run, read_json
 from ray_unlearn.records import (
     Candidate,
     MergeRecord,
@@ -24,46 +21,21 @@ from ray_unlearn.records import (
     versions,
     write_json,
 )
-from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
+from ray_unlearn.rundir import Run, read_json
 from ray_unlearn.spaces import Space
 from ray_unlearn.tuning import read_snapshot
-from ray_unlearn.workbench import BenchSpec, ModelSource
-
-check_space = searching.check_space
+from ray_unlearn.workbench import BenchSpec, ModelSource, score_models
 
 
 def baseline(run: Run) -> Scores:
     """The untouched target on the search's data; baseline.json."""
     path = run.dir / "baseline.json"
     if not path.exists():
-        ((scores, _),) = score_models(run, [run.model_path], run.inputs.search_set)
+        ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared)
         write_json(path, scores.to_json())
     scores = Scores.from_json(read_json(path))
     run.progress.line(f"target: {_shown(scores)}")
     return scores
-
-
-def score_models(run: Run, paths: Sequence[str], eval_set: EvalSet) -> list[tuple[Scores, list[str]]]:
-    """Scores and generations of whole models, each in its own Ray task, side by side where there is room."""
-    resources = run.job.resources
-    task = ray.remote(_score).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
-    settings, threads = run.job.evaluation, max(1, int(resources.cpus_per_worker))
-    sources = [ModelSource.of(path, run.shared) for path in paths]
-    return ray.get([task.remote(source, eval_set, settings, run.job.model.dtype, threads) for source in sources])
-
-
-def _score(
-    source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
-) -> tuple[Scores, list[str]]:
-    import torch
-
-    from ray_unlearn.models import load_model, load_tokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(threads)
-    path = source.local()
-    return evaluate_model(load_model(path, dtype).to(device), load_tokenizer(path), eval_set, settings)
 
 
 def bench_spec(run: Run) -> BenchSpec:
@@ -215,8 +187,6 @@ def write_front(run: Run) -> list[Candidate]:
 
 def select(run: Run) -> str | None:
     """Chooses, writes best/, scores it on unseen documents, and records the choice; None when nothing is feasible."""
-    from ray_unlearn import selection
-
     remove_leftovers(run.dir)
     members = write_front(run)
     if not members:
@@ -232,9 +202,3 @@ def select(run: Run) -> str | None:
 def _shown(scores: Scores) -> str:
     names = ("task_aggregate", "mia_score", "utility", "final")
     return ", ".join(f"{name} {getattr(scores, name):.3f}" for name in names if getattr(scores, name) is not None)
-
-
-def snapshot_dir(run_dir: Path, candidate: Candidate) -> Path:
-    """Folder of a snapshot candidate's weights."""
-    assert candidate.snapshot is not None
-    return run_dir / candidate.snapshot.path

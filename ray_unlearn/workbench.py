@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.records import Example
-from ray_unlearn.scoring import EvalSet, EvalSettings
+from ray_unlearn.job import Job
+from ray_unlearn.records import Example, Scores
+from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +91,28 @@ def open_bench(spec: BenchSpec | Any, device: str = "cpu") -> Any:
         dtype=spec.dtype,
         utility_floor=spec.utility_floor,
     )
+
+
+def score_models(job: Job, paths: Sequence[str], eval_set: EvalSet, shared: bool) -> list[tuple[Scores, list[str]]]:
+    """Scores and generations of whole models, each in its own Ray task, side by side where there is room."""
+    import ray
+
+    resources = job.resources
+    task = ray.remote(_score).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    threads = max(1, int(resources.cpus_per_worker))
+    sources = [ModelSource.of(path, shared) for path in paths]
+    return ray.get([task.remote(source, eval_set, job.evaluation, job.model.dtype, threads) for source in sources])
+
+
+def _score(
+    source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
+) -> tuple[Scores, list[str]]:
+    import torch
+
+    from ray_unlearn.models import load_model, load_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    path = source.local()
+    return evaluate_model(load_model(path, dtype).to(device), load_tokenizer(path), eval_set, settings)

@@ -195,7 +195,7 @@ def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeyp
     from ray_unlearn.config import TrialConfig, from_dict
     from ray_unlearn.errors import InputError
     from ray_unlearn.job import Job
-    from ray_unlearn.pipeline import check_disk
+    from ray_unlearn.rundir import check_disk
 
     job = from_dict(Job, small_job(tmp_path))
     configs = [TrialConfig(snapshots=2), TrialConfig(snapshots=5, tuning="full")]

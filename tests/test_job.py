@@ -20,7 +20,7 @@ from ray_unlearn.config import from_dict
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job
 from ray_unlearn.pareto import dominates, hypervolume
-from ray_unlearn.pipeline import claim
+from ray_unlearn.rundir import claim
 
 pytestmark = pytest.mark.ray
 
