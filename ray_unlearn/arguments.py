@@ -81,6 +81,7 @@ def _add_run(commands: Any) -> None:
     p.add_argument(
         "--address", metavar="RAY", help="Ray cluster to join (default: RAY_ADDRESS, else one is started here)"
     )
+    _skip(p)
     _set(p)
     _json(p)
 
