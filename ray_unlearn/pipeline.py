@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_unlearn.cluster import cluster
 from ray_unlearn.config import from_dict
-from ray_unlearn.inputs import load_inputs
+from ray_unlearn.inputs import Inputs, load_inputs
 from ray_unlearn.job import Job, load_job
 from ray_unlearn.models import check_model
 from ray_unlearn.progress import Progress
@@ -27,7 +27,6 @@ class RunResult:
     choice: str
     target: Scores
     best: Scores
-    feasible: bool
 
 
 def run(
@@ -43,14 +42,45 @@ def run(
     from ray_unlearn.search import check_space
 
     progress = progress or Progress(quiet=True)
-    name = Path(job).stem if isinstance(job, (str, Path)) else "job"
-    out = Path(out or f"runs/{name}").expanduser().resolve()
-    if not isinstance(job, Job):
-        job = from_dict(Job, job) if isinstance(job, dict) else load_job(Path(job))
-    needed = job.resources.workers * job.resources.cpus_per_worker * job.resources.concurrency
+    job, out = _resolve(job, out)
     claim(out, job)
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
     configs = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    inputs, model_path, reference_path = _inputs_and_target(job, out, progress)
+    write_job(out, job, inputs, texts)
+    check_disk(out, job, model_path, configs)
+    needed = job.resources.workers * job.resources.cpus_per_worker * job.resources.concurrency
+    with cluster(address, job.resources.dashboard, needed) as started_here:
+        shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage
+        check_storage(job, shared)
+        state = Run(
+            job=job,
+            dir=out,
+            progress=progress,
+            inputs=inputs,
+            model_path=model_path,
+            reference_path=reference_path,
+            shared=shared,
+        )
+        choice = _stages(state, space)
+    summary = write_summary(out)
+    write_report(out)
+    if choice is None:
+        raise RuntimeError(_nothing_feasible(state))
+    target, best = Scores.from_json(summary["target"]), Scores.from_json(summary["best"])
+    return RunResult(run_dir=out, choice=choice, target=target, best=best)
+
+
+def _resolve(job: Job | str | Path | dict[str, Any], out: str | Path | None) -> tuple[Job, Path]:
+    name = Path(job).stem if isinstance(job, (str, Path)) else "job"
+    place = Path(out or f"runs/{name}").expanduser().resolve()
+    if isinstance(job, Job):
+        return job, place
+    return (from_dict(Job, job) if isinstance(job, dict) else load_job(Path(job))), place
+
+
+def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs, str, str | None]:
+    """The checked data, the model that is to forget, and its retrained reference where there is one."""
     for model in (job.model.path, job.target.base):
         if model is not None:
             check_model(model)
@@ -63,32 +93,7 @@ def run(
     for name, count in inputs.dropped.items():
         if count:
             progress.line(f"{count} bad rows dropped from {name}")
-    write_job(out, job, inputs, texts)
-    check_disk(out, job, model_path, configs)
-    with cluster(address, job.resources.dashboard, needed) as started_here:
-        shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage
-        state = Run(
-            job=job,
-            dir=out,
-            progress=progress,
-            inputs=inputs,
-            model_path=model_path,
-            reference_path=reference_path,
-            shared=shared,
-        )
-        check_storage(job, shared)
-        choice = _stages(state, space)
-    summary = write_summary(out)
-    write_report(out)
-    if choice is None:
-        raise RuntimeError(_nothing_feasible(state))
-    return RunResult(
-        run_dir=out,
-        choice=choice,
-        target=Scores.from_json(summary["target"]),
-        best=Scores.from_json(summary["best"]),
-        feasible=True,
-    )
+    return inputs, model_path, reference_path
 
 
 def _stages(state: Run, space: Space) -> str | None:

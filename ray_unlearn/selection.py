@@ -11,7 +11,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import Merger
 from ray_unlearn.merging.writer import write_merge
 from ray_unlearn.models import load_model, load_tokenizer, save_model
-from ray_unlearn.records import Candidate, MergeRecord, TrialRecord, versions, write_json, write_text
+from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records, versions, write_json, write_text
 from ray_unlearn.report import model_card
 from ray_unlearn.rundir import Run
 from ray_unlearn.tuning import read_snapshot
@@ -46,7 +46,7 @@ def deliver(run: Run, choice: Candidate) -> None:
         "choice": choice.id,
         "kind": "snapshot" if choice.snapshot else "merge",
         "rule": rule,
-        "recipe": recipe_of(choice),
+        "recipe": recipe_of(run, choice),
         "target": target.to_json(),
         "best": best.to_json(),
         "examples": examples(run, before, after),
@@ -65,12 +65,15 @@ def deliver(run: Run, choice: Candidate) -> None:
     write_json(run.dir / "final.json", final)
 
 
-def recipe_of(choice: Candidate) -> dict[str, Any]:
-    """How to make the candidate again: a merge's recipe, or a trial's config and the step of the snapshot."""
-    if isinstance(choice.record, TrialRecord):
-        assert choice.snapshot is not None
-        return {**choice.record.config, "snapshot_step": choice.snapshot.step}
-    return choice.record.recipe
+def recipe_of(run: Run, choice: Candidate) -> dict[str, Any]:
+    """How to make the candidate again: a trial's config and the step of the snapshot, or a merge's recipe with
+    those of its members."""
+    if isinstance(choice.record, MergeRecord):
+        snapshots = {c.id: c for c in candidates(load_records(run.dir)[0], [])}
+        members = {name: recipe_of(run, snapshots[name]) for name in choice.record.recipe["members"]}
+        return {**choice.record.recipe, "member_trials": members}
+    assert choice.snapshot is not None
+    return {**choice.record.config, "snapshot_step": choice.snapshot.step}
 
 
 def write_best(run: Run, choice: Candidate) -> float | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
 import ray
 
 from ray_unlearn import search as searching
@@ -120,34 +124,14 @@ def merge(run: Run) -> None:
     searching.enqueue(
         study, searching.first_merges([c.scores.mia_auc or 0.0 for c in pool], plan.methods, plan.max_members)
     )
-    resources = run.job.resources
-    threads = max(1, int(resources.cpus_per_worker))
-    actor = ray.remote(MergeActor).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
-    spec = ray.put(bench_spec(run))
-    members = ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot})
-    actors = [actor.remote(spec, members, threads) for _ in range(min(resources.concurrency, missing))]
+    actors = _merge_actors(run, pool, missing)
     run.progress.start("merges", plan.candidates, len(done))
-
-    def save(name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
-        record = MergeRecord(
-            id=name,
-            status="finished" if scores else "failed",
-            recipe=recipe.to_json(),
-            scores=scores,
-            reason=reason,
-            seconds=seconds,
-            versions=versions(),
-        )
-        save_record(run.dir, record)
-        run.progress.line(f"{name}: {_shown(scores) if scores else 'failed: ' + reason}")
-        run.progress.advance()
-
     try:
         searching.search_merges(
             study,
             [c.id for c in pool],
-            [each.score.remote for each in actors],
-            save,
+            [actor.score.remote for actor in actors],
+            functools.partial(_save_merge, run),
             missing=missing,
             methods=plan.methods,
             max_members=plan.max_members,
@@ -155,8 +139,33 @@ def merge(run: Run) -> None:
         )
     finally:
         run.progress.finish()
-        for each in actors:
-            ray.kill(each)
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _merge_actors(run: Run, pool: Sequence[Candidate], missing: int) -> list[Any]:
+    """As many actors as trials run side by side, each with the base and the pool's members in memory."""
+    resources = run.job.resources
+    threads = max(1, int(resources.cpus_per_worker))
+    actor = ray.remote(MergeActor).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    spec = ray.put(bench_spec(run))
+    members = ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot})
+    return [actor.remote(spec, members, threads) for _ in range(min(resources.concurrency, missing))]
+
+
+def _save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
+    record = MergeRecord(
+        id=name,
+        status="finished" if scores else "failed",
+        recipe=recipe.to_json(),
+        scores=scores,
+        reason=reason,
+        seconds=seconds,
+        versions=versions(),
+    )
+    save_record(run.dir, record)
+    run.progress.line(f"{name}: {_shown(scores) if scores else 'failed: ' + reason}")
+    run.progress.advance()
 
 
 def write_front(run: Run) -> list[Candidate]:
