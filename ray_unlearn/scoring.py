@@ -77,6 +77,7 @@ class Shard:
 
 
 ALONE = Shard()
+MAX_LOGIT_POSITIONS = 4096
 CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -185,7 +186,10 @@ def sequence_losses(
     """Mean next-token cross-entropy of each row over its `answer` or its whole `document`, in nats."""
     device = next(model.parameters()).device
     losses = [0.0] * len(rows)
-    for group in by_length(rows, lambda row: len(row.ids), settings.batch_size):
+    longest = max((len(row.ids) for row in rows), default=1)
+    # Logits are formed at every position: their number, not the rows', is what memory must hold.
+    size = max(1, min(settings.batch_size, MAX_LOGIT_POSITIONS // longest))
+    for group in by_length(rows, lambda row: len(row.ids), size):
         batch = collate([rows[i] for i in group], tokenizer.pad_token_id, device)
         logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.ids[:, 1:], reduction="none")

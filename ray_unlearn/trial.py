@@ -82,6 +82,7 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
     torch.manual_seed(config.seed + worker.rank)
     forget = bench.rows("forget", config.forget_eos, config.max_length)
     retain = bench.rows("retain", True, config.max_length)
+    feed = _Feed(forget, retain, bench.tokenizer.pad_token_id)
     steps = plan(config, len(forget), len(retain))
     marks = set(snapshot_steps(steps, config.snapshots))
     tuned = Tuned(bench.model, config)
@@ -92,9 +93,7 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
         for index, step in enumerate(steps):
             if step.fresh_optimizer and index > 0:
                 engine.reset_optimizer()
-            parts, tokens = _train_step(
-                engine, tuned, config, step, forget, retain, bench.tokenizer.pad_token_id, worker
-            )
+            parts, tokens = _train_step(engine, tuned, config, step, feed, worker)
             problem = next((f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)), None)
             if worker.agree(0.0 if problem else 1.0) < 1.0:
                 worker.post("ended", status="failed", reason=f"step {index + 1}: {problem or 'a rank diverged'}")
@@ -114,15 +113,22 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
         tuned.release()
 
 
+@dataclass(frozen=True)
+class _Feed:
+    """The tokenised rows that a trial's steps name by index."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    pad_id: int
+
+    def rows(self, step: Step, slot: int, slots: int) -> list[tuple[str, Encoded]]:
+        """One slot's share of a step's rows, forget rows first; every slots-th of each."""
+        forget = [("forget", self.forget[i]) for i in step.forget[slot::slots]]
+        return forget + [("retain", self.retain[i]) for i in step.retain[slot::slots]]
+
+
 def _train_step(
-    engine: Engine,
-    tuned: Tuned,
-    config: TrialConfig,
-    step: Step,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
-    pad_id: int,
-    worker: Worker,
+    engine: Engine, tuned: Tuned, config: TrialConfig, step: Step, feed: _Feed, worker: Worker
 ) -> tuple[dict[str, float], int]:
     """One optimiser step over this rank's share of the step's rows; returns loss parts and tokens seen.
 
@@ -132,29 +138,57 @@ def _train_step(
     engine.module.train()
     shares = worker.world * config.micro_batches
     totals: dict[str, float] = {}
-    tokens = 0
-    norm = None
+    tokens, norm = 0, None
     for micro in range(config.micro_batches):
-        slot = worker.rank * config.micro_batches + micro
-        mine = (step.forget[slot::shares], step.retain[slot::shares])
-        weights = tuple(
-            len(part) * shares / len(whole) if whole else 0.0
-            for part, whole in zip(mine, (step.forget, step.retain), strict=True)
-        )
-        rows = [forget[i] for i in mine[0]] + [retain[i] for i in mine[1]]
-        idle = not rows
-        batch = collate(rows or [retain[0]], pad_id, engine.device)
-        loss, parts = step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle, not step.forget)
-        totals = {name: totals.get(name, 0.0) + value / shares for name, value in parts.items()}
-        tokens += 0 if idle else int(batch.attention.sum())
+        rows = feed.rows(step, worker.rank * config.micro_batches + micro, shares)
+        loss, parts = torch.zeros((), device=engine.device), {"loss": 0.0}
+        for group in _alike(rows, engine.stage):
+            part, shown = _group_loss(engine, tuned, config, step, group, shares, feed)
+            loss, parts = loss + part, {**parts, **{name: parts.get(name, 0.0) + shown[name] for name in shown}}
+        totals = {**totals, **{name: totals.get(name, 0.0) + parts[name] / shares for name in parts}}
+        tokens += sum(len(row.ids) for _, row in rows)
         if worker.agree(1.0 if math.isfinite(sum(parts.values())) else 0.0) < 1.0:
             return {**totals, "loss": parts["loss"]}, tokens  # the weights must not see a non-finite gradient
         engine.backward(loss)
         norm = engine.step(step.learning_rate)
-    totals["grad_norm"] = norm or 0.0
     gathered = worker.gather([(totals, tokens)])
-    summed = {name: sum(part[name] for part, _ in gathered) for name in totals if name != "grad_norm"}
-    return {**summed, "grad_norm": totals["grad_norm"]}, sum(count for _, count in gathered)
+    names = sorted({name for part, _ in gathered for name in part})
+    summed = {name: sum(part.get(name, 0.0) for part, _ in gathered) for name in names}
+    return {**summed, "grad_norm": norm or 0.0}, sum(count for _, count in gathered)
+
+
+def _alike(rows: Sequence[tuple[str, Encoded]], stage: int) -> list[list[tuple[str, Encoded]]]:
+    """Rows in groups whose longest is less than twice the shortest, so that padding is less than half.
+
+    Each group is a forward pass of its own, and one backward pass follows them all. In stage 3,
+    where the ranks' passes must match one to one, the rows stay together; no rows are one idle group.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1].ids), i))
+    groups: list[list[int]] = [order[:1]]
+    for index in order[1:]:
+        if stage < 3 and len(rows[index][1].ids) >= 2 * len(rows[groups[-1][0]][1].ids):
+            groups.append([])
+        groups[-1].append(index)
+    return [[rows[index] for index in sorted(group)] for group in groups]  # sorted: forget rows stay first
+
+
+def _group_loss(
+    engine: Engine,
+    tuned: Tuned,
+    config: TrialConfig,
+    step: Step,
+    rows: Sequence[tuple[str, Encoded]],
+    shares: int,
+    feed: _Feed,
+) -> tuple[Tensor, dict[str, float]]:
+    """step_loss of some of a step's rows, weighted by their part in the step; without rows, an idle pass."""
+    count = sum(split == "forget" for split, _ in rows)
+    weights = (
+        count * shares / max(1, len(step.forget)),
+        (len(rows) - count) * shares / max(1, len(step.retain)),
+    )
+    batch = collate([row for _, row in rows] or [feed.retain[0]], feed.pad_id, engine.device)
+    return step_loss(engine, tuned, config, batch, count, weights, idle=not rows, repair=not step.forget)
 
 
 def step_loss(
