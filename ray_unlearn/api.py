@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from ray_unlearn.data import (
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models import check_model, load_model, load_tokenizer
-from ray_unlearn.records import Example, Scores, TrialRecord, load_records, write_json
+from ray_unlearn.records import Example, Scores, TrialRecord, claim_directory, claim_file, load_records, write_json
 from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model, make_scores
 
 OFFICIAL_TERMS = 12
+MERGE_FILE = "merge.json"
 
 
 def evaluate(
@@ -45,19 +46,22 @@ def evaluate(
     dtype: str = "float32",
     skip_bad_rows: bool = False,
     out: str | Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Scores:
     """Scores one model in this process; `settings` are EvalSettings. Writes scores.json to `out` where given."""
     if (mia_member is None) != (mia_nonmember is None):
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
+    claim_file(out)
     if official:
         settings = {**settings, "max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
+    chosen = EvalSettings(**settings)
     check_model(model)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
     if official:
         _check_official({f"{e.task}/{e.kind}" for e in data.forget})
     loaded = load_model(model, dtype, adapter).to(_device())
-    scores, _ = evaluate_model(loaded, load_tokenizer(model), data, EvalSettings(**settings))
+    scores, _ = evaluate_model(loaded, load_tokenizer(model), data, chosen, log=log)
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores
@@ -115,7 +119,8 @@ def score(
     """Scores a predictions file; needs no model, Ray or GPU. Writes scores.json to `out` where given."""
     from ray_unlearn.metrics import auc
 
-    rows = _read_predictions(Path(predictions))
+    claim_file(out)
+    rows = _read_predictions(predictions)
     splits = {
         split: [Example(id="", input="", output="", task=row[1], kind=row[2]) for row in rows if row[0] == split]
         for split in ("forget", "retain")
@@ -132,9 +137,9 @@ def score(
     return scores
 
 
-def _read_predictions(path: Path) -> list[tuple[str, str, str, str, str]]:
+def _read_predictions(given: str | Path) -> list[tuple[str, str, str, str, str]]:
     """(split, task, kind, expected, generated) of each row; all problems at once."""
-    find_file(path, "predictions")
+    path = find_file(given, "predictions")
     good, problems = [], []
     seen: dict[tuple[str, str], int] = {}
     for number, row in read_rows(path):
@@ -217,6 +222,7 @@ def train(
     dtype: str = "float32",
     evaluation: dict[str, Any] | None = None,
     skip_bad_rows: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> TrialRecord:
     """One trial through the same Ray Train and DeepSpeed path as in a search; records and snapshots go to `out`."""
     from ray_unlearn.cluster import cluster
@@ -226,11 +232,12 @@ def train(
     check_model(model)
     data = eval_set(forget, retain, skip_bad_rows=skip_bad_rows)
     settings = EvalSettings(**(evaluation or {}))
-    resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold")
+    resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold", dashboard=False)
     run_dir = Path(out).expanduser().resolve()
-    (run_dir / "records").mkdir(parents=True, exist_ok=True)
+    claim_file(run_dir / "records" / "trial")
     number = 1 + max((int(record.id[-4:]) for record in load_records(run_dir)[0]), default=-1)
-    with cluster(address, dashboard=False, needed_cpus=workers) as started_here:
+    name = f"trial-{number:04d}"
+    with cluster(address, resources) as started_here:
         from ray_unlearn.executor import Executor, events
         from ray_unlearn.workbench import BenchSpec, ModelSource
 
@@ -244,10 +251,10 @@ def train(
             utility_floor=0.0,
         )
         executor = Executor(run_dir, spec, resources, run_dir / "ray")
-        for _ in events(executor.handle, f"trial-{number:04d}", to_dict(trial)):
-            pass
+        for event, content in events(executor.handle, name, to_dict(trial)):
+            log(f"{name} {event}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value != ""))
         executor.close()
-    return load_records(run_dir)[0][number]
+    return next(record for record in load_records(run_dir)[0] if record.id == name)
 
 
 # -- merging -------------------------------------------------------------------------------------
@@ -278,12 +285,13 @@ def merge(
         densities=list(densities) * (len(names) if len(densities) == 1 else 1),
         lambda_=lambda_,
     )
+    place = claim_directory(out, MERGE_FILE)
     check_model(base)
     for name in names:
         if (Path(name) / "adapter_config.json").exists():
             check_adapter(name, base)
     model, tokenizer = load_model(base), load_tokenizer(base)
     files = {name: read_member(Path(name), model) for name in names}
-    write_merge(recipe, model, tokenizer, files, Path(out).expanduser().resolve())
-    write_json(Path(out) / "merge.json", {"base": base, **recipe.to_json()})
-    return Path(out)
+    write_merge(recipe, model, tokenizer, files, place)
+    write_json(place / MERGE_FILE, {"base": base, **recipe.to_json()})
+    return place

@@ -182,7 +182,7 @@ def _model_and_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, metavar="M", help="model directory, .gguf file or hub id")
     p.add_argument("--forget", required=True, metavar="F", help=".jsonl or .parquet, or a directory with forget.*")
     p.add_argument("--retain", required=True, metavar="R", help=".jsonl or .parquet, or a directory with retain.*")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     _skip(p)
 
 

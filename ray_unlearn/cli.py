@@ -89,6 +89,7 @@ def _target(a: argparse.Namespace) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     from ray_unlearn.api import train
+    from ray_unlearn.progress import Progress
 
     record = train(
         model=a.model,
@@ -104,6 +105,7 @@ def _train(a: argparse.Namespace) -> int:
         dtype=a.dtype,
         evaluation=_evaluation(a),
         skip_bad_rows=a.skip_bad_rows,
+        log=Progress().line,
     )
     if a.json:
         _print({"id": record.id, "status": record.status, "reason": record.reason, "snapshots": len(record.snapshots)})
@@ -130,6 +132,7 @@ def _evaluation(a: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(a: argparse.Namespace) -> int:
     from ray_unlearn.api import evaluate
+    from ray_unlearn.progress import Progress
 
     scores = evaluate(
         a.model,
@@ -143,6 +146,7 @@ def _evaluate(a: argparse.Namespace) -> int:
         dtype=a.dtype,
         skip_bad_rows=a.skip_bad_rows,
         out=a.out,
+        log=Progress().line,
         **_evaluation(a),
     )
     _print(scores.to_json()) if a.json else print(f"{_shown(scores)}  {a.out}")

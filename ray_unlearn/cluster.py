@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_unlearn.errors import InputError
+
+if TYPE_CHECKING:
+    from ray_unlearn.job import ResourcesPart
 
 QUIET = {
     # Polled this often, a finished Train run is noticed in a fraction of the default two seconds.
@@ -39,7 +42,7 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def cluster(address: str | None, dashboard: bool, needed_cpus: float) -> Iterator[bool]:
+def cluster(address: str | None, resources: ResourcesPart) -> Iterator[bool]:
     """Connects to `address` (or RAY_ADDRESS), or starts Ray here; yields whether it was started here.
 
     A cluster started here is stopped on the way out. Raises InputError when the cluster cannot be
@@ -61,16 +64,29 @@ def cluster(address: str | None, dashboard: bool, needed_cpus: float) -> Iterato
         if address and address != "local":
             ray.init(address=address, runtime_env=package, **options)
         else:
-            ray.init("local", include_dashboard=dashboard, **options)
+            ray.init("local", include_dashboard=resources.dashboard, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"the Ray cluster {address or 'local'} cannot be used: {error}") from error
     try:
-        cpus = ray.cluster_resources().get("CPU", 0)
-        if cpus < needed_cpus:
-            raise InputError(
-                f"the trials side by side need {needed_cpus:g} CPUs (workers x cpus_per_worker x concurrency), "
-                f"and the cluster has {cpus:g}: lower resources.concurrency or resources.workers."
-            )
+        check_room(resources, ray.nodes())
         yield not address or address == "local"
     finally:
         ray.shutdown()
+
+
+def check_room(resources: ResourcesPart, nodes: list[dict[str, Any]]) -> None:
+    """Refuses trials that the cluster could never start, which Ray would wait for without a word."""
+    each = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    for name, value in each.items():
+        needed, total = value * resources.workers * resources.concurrency, sum(node.get(name, 0) for node in have)
+        if needed > total:
+            raise InputError(
+                f"the trials side by side need {needed:g} {name}s (workers x {name.lower()}s_per_worker x "
+                f"concurrency), and the cluster has {total:g}: lower resources.concurrency or resources.workers."
+            )
+    if not any(all(node.get(name, 0) >= value for name, value in each.items()) for node in have):
+        raise InputError(
+            f"no node of the cluster has {each['CPU']:g} CPUs and {each['GPU']:g} GPUs for one worker: lower "
+            "resources.cpus_per_worker or resources.gpus_per_worker."
+        )

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_unlearn.errors import InputError
+from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.records import Example
 
 KINDS = ("sc", "qa")
@@ -158,6 +159,11 @@ def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
 def _refuse(problems: Sequence[str], files: Sequence[_Scanned], skip_bad: bool) -> None:
     if problems and not skip_bad:
         raise InputError(listing("bad rows", problems, "Mend them, or drop them with --skip-bad-rows."))
+    if problems:
+        names = " and ".join(str(file.path) for file in files)
+        logging.getLogger(__name__).warning(
+            "%d bad rows of %s dropped; the first: %s", len(problems), names, problems[0]
+        )
     for file in files:
         if not file.rows:
             raise InputError(f"{file.path} has no {'good ' if problems else ''}rows; at least one is needed.")
@@ -234,6 +240,11 @@ def limit_documents(examples: Sequence[Example], limits: int | dict[str, int] | 
     """
     if limits is None:
         return list(examples)
+    if isinstance(limits, dict):
+        tasks = {example.task for example in examples}
+        for task in limits:
+            if task not in tasks:
+                raise unknown_name("task in data.limit:", task, tasks)
     taken: dict[str, list[str]] = {}
     kept = []
     for example in examples:

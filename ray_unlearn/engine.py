@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,6 @@ def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
-        "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": 10**9,
     }
 
@@ -31,11 +29,10 @@ class Engine:
     """A DeepSpeed engine over the trainable parameters of a model, driven one optimiser step at a time."""
 
     def __init__(self, model: torch.nn.Module, config: TrialConfig, dtype: str) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed
         import deepspeed.ops
 
-        if not torch.cuda.is_available():
+        if next(model.parameters()).device.type == "cpu":
             # Without this the first engine compiles a shared-memory op for 40 to 60 s, and needs g++ and ninja.
             deepspeed.ops.__compatible_ops__ = {}
         self._deepspeed = deepspeed

@@ -31,6 +31,7 @@ from ray_unlearn.records import Scores, Snapshot, TrialRecord, save_record, vers
 from ray_unlearn.workbench import BenchSpec, open_bench
 
 MAX_ATTEMPTS = 2
+MAX_STARTS = 3
 LEASE_POLL_SECONDS = 0.05
 ZERO_3_TRIALS_PER_PROCESS = 8
 """DeepSpeed leaks memory when stage 3 engines are made again in one process (its issue 7204)."""
@@ -39,12 +40,14 @@ ZERO_3_TRIALS_PER_PROCESS = 8
 class Keeper:
     """Queue between the search and the workers, and the one writer of a run's trial records."""
 
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(self, run_dir: str, slots: int) -> None:
+        self.run_dir, self.slots = Path(run_dir), slots
         self.queue: asyncio.Queue[str] = asyncio.Queue()
         self.trials: dict[str, dict[str, Any]] = {}
         self.leases: dict[int, str] = {}
         self.epochs: dict[int, int] = {}
+        self.starts: dict[int, int] = {}
+        self.lost: dict[int, str] = {}
         self.closed = False
 
     async def submit(self, trial_id: str, config: dict[str, Any], queued: bool) -> None:
@@ -59,6 +62,7 @@ class Keeper:
         self._restart(trial_id)
         if queued:
             await self.queue.put(trial_id)
+            await self._fail_if_nobody_is_left()
 
     def _restart(self, trial_id: str) -> None:
         """A new attempt starts from nothing: what an earlier one posted is dropped."""
@@ -66,9 +70,20 @@ class Keeper:
         shutil.rmtree(self.run_dir / "snapshots" / trial_id, ignore_errors=True)
 
     async def hello(self, slot: int) -> int:
-        """A worker group's first call; calls of the group before it are void from now on."""
+        """A worker group's first call, before it loads anything; a group of the slot that came before is to close.
+
+        0 tells the group to give up: Ray Train restarts a group that fails without limit, and one
+        that cannot even load its model would be restarted for ever.
+        """
+        self.starts[slot] = self.starts.get(slot, 0) + 1
+        if self.starts[slot] > MAX_STARTS:
+            return 0
         self.epochs[slot] = self.epochs.get(slot, 0) + 1
         return self.epochs[slot]
+
+    async def ready(self, slot: int) -> None:
+        """The slot's worker group has loaded what it needs."""
+        self.starts[slot] = 0
 
     async def lease(self, slot: int, epoch: int) -> tuple[str, str, dict[str, Any]]:
         """("run", id, config), ("wait", ...) or ("close", ...). A slot whose workers died gets its trial back once."""
@@ -152,8 +167,10 @@ class Keeper:
             attempts=min(trial["attempts"], MAX_ATTEMPTS),
             versions=versions(),
         )
-        save_record(self.run_dir, record)
-        await trial["events"].put(("ended", {"status": status, "reason": reason}))
+        try:
+            save_record(self.run_dir, record)
+        finally:  # a full disk must not leave the trial's driver waiting for ever
+            await trial["events"].put(("ended", {"status": status, "reason": reason}))
 
     async def fail(self, trial_id: str, reason: str) -> None:
         """Ends a trial from outside, unless it has ended."""
@@ -164,10 +181,17 @@ class Keeper:
         """Waits for a trial's next event: snapshot, or ended."""
         return await self.trials[trial_id]["events"].get()
 
-    async def slot_lost(self, reason: str) -> None:
-        """A warm slot's Train run is gone for good: whatever has not ended fails, rather than waiting for ever."""
-        for trial_id in list(self.trials):
-            await self.fail(trial_id, f"the warm workers could not go on: {reason}")
+    async def slot_lost(self, slot: int, reason: str) -> None:
+        """A warm slot's Train run is gone for good: its trial fails, and with the last slot all that wait."""
+        self.lost[slot] = f"the warm workers could not go on: {reason}"
+        if slot in self.leases:
+            await self.fail(self.leases.pop(slot), self.lost[slot])
+        await self._fail_if_nobody_is_left()
+
+    async def _fail_if_nobody_is_left(self) -> None:
+        if len(self.lost) == self.slots:
+            while not self.queue.empty():
+                await self.fail(self.queue.get_nowait(), next(iter(self.lost.values())))
 
     async def close(self) -> None:
         """Sends the warm workers home."""
@@ -239,18 +263,20 @@ def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], bench: Any)
         worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
 
 
-def _set_up(config: dict[str, Any]) -> tuple[TrainWorker, Any]:
+def _open_bench(config: dict[str, Any]) -> Any:
+    """The Bench on the device that Ray gave this worker; a GPU that it did not give is left alone."""
     import torch
 
-    if not torch.cuda.is_available():
+    device = ray.train.torch.get_device()
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"  # read when deepspeed is imported
+    if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
-    worker = TrainWorker(config["keeper"], config["slot"])
-    return worker, open_bench(config["spec"], str(ray.train.torch.get_device()))
+    return open_bench(config["spec"], str(device))
 
 
 def cold_worker(config: dict[str, Any]) -> None:
     """train_loop_per_worker of one trial's own Train run."""
-    worker, bench = _set_up(config)
+    worker, bench = TrainWorker(config["keeper"], config["slot"]), _open_bench(config)
     started = ray.get(worker.keeper.begin.remote(config["trial_id"])) if worker.rank == 0 else None
     if worker.broadcast(started):
         _run(worker, config["trial_id"], config["config"], bench)
@@ -258,11 +284,16 @@ def cold_worker(config: dict[str, Any]) -> None:
 
 def warm_worker(config: dict[str, Any]) -> None:
     """train_loop_per_worker of a slot: lives for the whole search and leases one trial after another."""
-    worker, bench = _set_up(config)
+    worker = TrainWorker(config["keeper"], config["slot"])
+    epoch = worker.broadcast(ray.get(worker.keeper.hello.remote(worker.slot)) if worker.rank == 0 else None)
+    if epoch == 0:
+        return
+    bench = _open_bench(config)
     import deepspeed  # noqa: F401  # the slow imports are paid here, not in the first trial
     import peft  # noqa: F401
 
-    epoch = ray.get(worker.keeper.hello.remote(worker.slot)) if worker.rank == 0 else 0
+    if worker.rank == 0:
+        ray.get(worker.keeper.ready.remote(worker.slot))
     stage_3_trials = 0
     while True:
         lease = ray.get(worker.keeper.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
@@ -312,9 +343,13 @@ class Executor:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         keeper = ray.remote(Keeper).options(num_cpus=0, max_concurrency=256, scheduling_strategy=here)
         self.handle = Handle(
-            keeper=keeper.remote(str(run_dir)), spec=ray.put(spec), resources=resources, storage=str(storage)
+            keeper=keeper.remote(str(run_dir), resources.concurrency),
+            spec=ray.put(spec),
+            resources=resources,
+            storage=str(storage),
         )
         self.threads: list[threading.Thread] = []
+        self.closing = False
         if resources.executor == "warm":
             for slot in range(resources.concurrency):
                 name = f"slot-{slot}-{_stamp()}"
@@ -325,12 +360,15 @@ class Executor:
     def _serve(self, slot: int, name: str) -> None:
         try:
             self.handle.trainer(warm_worker, name, -1, slot=slot).fit()
+            reason = f"they failed {MAX_STARTS} times before their first trial; see Ray's worker logs"
         except Exception as error:
-            traceback.print_exc()
-            ray.get(self.handle.keeper.slot_lost.remote(f"{type(error).__name__}: {error}"))
+            reason = f"{type(error).__name__}: {error}"
+        if not self.closing:
+            ray.get(self.handle.keeper.slot_lost.remote(slot, reason))
 
     def close(self) -> None:
         """Ends the warm workers and waits for their Train runs."""
+        self.closing = True
         ray.get(self.handle.keeper.close.remote())
         for thread in self.threads:
             thread.join(30)

@@ -20,7 +20,7 @@ from ray_unlearn.data import (
     load_pair,
 )
 from ray_unlearn.errors import InputError
-from ray_unlearn.job import DataPart
+from ray_unlearn.job import DataPart, Job
 from ray_unlearn.records import Example
 from ray_unlearn.scoring import EvalSet
 
@@ -39,8 +39,9 @@ class Inputs:
     dropped: dict[str, int]
 
 
-def load_inputs(data: DataPart, seed: int, benchmark: Path | None = None) -> Inputs:
+def load_inputs(job: Job, benchmark: Path | None = None) -> Inputs:
     """All of a job's data; paths left null are those of the embedded benchmark's folder."""
+    data = job.data
     paths = {name: _path(data, name, benchmark) for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu")}
     pair = dict(zip(("forget", "retain"), load_pair(paths["forget"], paths["retain"], data.skip_bad_rows), strict=True))
     limits = data.limit
@@ -57,7 +58,7 @@ def load_inputs(data: DataPart, seed: int, benchmark: Path | None = None) -> Inp
             f"{paths['mia_nonmember']} needs at least 2 documents: half are kept unseen, got {len(nonmembers)}."
         )
     dev, questions = load_mmlu(paths["mmlu"])
-    questions = sample_questions(questions, data.mmlu_limit, seed)
+    questions = sample_questions(questions, job.mmlu.limit, job.seed)
     search, final = (
         EvalSet(
             forget=forget, retain=retain, members=members, nonmembers=nonmembers[part::2], dev=dev, questions=questions

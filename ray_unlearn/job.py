@@ -21,16 +21,17 @@ from ray_unlearn.scoring import EvalSettings
 
 VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
 RECIPE_KEYS = (
-    "forget_weight",
-    "retain_weight",
-    "kl_weight",
-    "npo_beta",
-    "npo_ratio",
-    "epochs",
-    "schedule",
-    "lora_rank",
-)
-"""What a recipe says as a first point. Learning rate and batch depend on the model's size, so the space says them."""
+    "forget_weight retain_weight kl_weight npo_beta npo_ratio forget_on epochs schedule chunk_size tuning lora_rank"
+).split()
+"""What a recipe says as a first point. Learning rate and batch depend on the model's size: the space says those."""
+
+
+@dataclass(frozen=True)
+class FirstPoint:
+    """Searched parameters to try first, and the recipe they are of, whose keys the space need not all ask for."""
+
+    parameters: dict[str, Any]
+    recipe: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,30 @@ class DataPart:
     """Documents kept of each task: one number, or one for each task; null for all."""
     mia_limit: int | None = None
     """Members, and twice as many non-members, that are kept; null for all."""
-    mmlu_limit: int | None = None
-    """Questions kept, evenly over the subjects; null for all."""
     skip_bad_rows: bool = False
     """Drop and count bad rows instead of refusing the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPart:
+    """How every model of the run generates."""
+
+    max_new_tokens: int = 256
+    """Tokens generated at most for a row (the organisers' 256)."""
+    batch_size: int = 32
+    """Rows in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MmluPart:
+    """How utility is measured."""
+
+    mode: str = "letters"
+    """`letters`: next-token probabilities of A-D; `cloze`: length-normalised log-probability of the option texts."""
+    shots: int = 5
+    """Solved examples before a question, in `letters` mode."""
+    limit: int | None = None
+    """Questions kept, evenly over the subjects; null for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,14 @@ class ResourcesPart:
     dashboard: bool = True
     """Whether a cluster that this run starts gets Ray's dashboard."""
 
+    def __post_init__(self) -> None:
+        one_of("resources.executor", self.executor, ("warm", "cold"))
+        for name in ("workers", "concurrency"):
+            require(getattr(self, name) >= 1, f"resources.{name} must be at least 1, got {getattr(self, name)}.")
+        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
+        require(0 < cpus < math.inf, f"resources.cpus_per_worker must be above 0, got {cpus}.")
+        require(0 <= gpus < math.inf, f"resources.gpus_per_worker must be at least 0, got {gpus}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergePart:
@@ -155,7 +184,8 @@ class Job:
     model: ModelPart = field(default_factory=ModelPart)
     target: TargetPart = field(default_factory=TargetPart)
     data: DataPart = field(default_factory=DataPart)
-    evaluation: EvalSettings = field(default_factory=EvalSettings)
+    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    mmlu: MmluPart = field(default_factory=MmluPart)
     search: SearchPart = field(default_factory=SearchPart)
     resources: ResourcesPart = field(default_factory=ResourcesPart)
     merge: MergePart = field(default_factory=MergePart)
@@ -163,7 +193,6 @@ class Job:
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.model.dtype, DTYPES)
-        one_of("resources.executor", self.resources.executor, ("warm", "cold"))
         given = [self.model.path, self.target.benchmark, self.target.base]
         require(
             sum(value is not None for value in given) == 1,
@@ -176,26 +205,35 @@ class Job:
             for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
                 require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
         self._check_numbers()
+        assert self.eval_settings
         for name in self.merge.methods:
             one_of("merge.methods", name, tuple(MERGES))
         from_dict(TrialConfig, self.search.fixed, "search.fixed")
         self.first_points()
 
+    @property
+    def eval_settings(self) -> EvalSettings:
+        """How a model is scored; also checks the parts that say it."""
+        return EvalSettings(
+            max_new_tokens=self.evaluation.max_new_tokens,
+            batch_size=self.evaluation.batch_size,
+            mmlu_mode=self.mmlu.mode,
+            mmlu_shots=self.mmlu.shots,
+        )
+
     def _check_numbers(self) -> None:
-        data, search, merge, resources, selection = self.data, self.search, self.merge, self.resources, self.selection
+        data, search, merge, selection = self.data, self.search, self.merge, self.selection
         settings = {f"target.settings.{key}": value for key, value in self.target.settings.__dict__.items()}
         learning_rate = settings.pop("target.settings.learning_rate")
         settings.pop("target.settings.seed")
         at_least_1 = settings | {
             "search.trials": search.trials,
-            "resources.workers": resources.workers,
-            "resources.concurrency": resources.concurrency,
             "merge.max_members": merge.max_members,
             "merge.pool": merge.pool,
             "target.epochs": self.target.epochs,
             "target.batch_size": self.target.batch_size,
             "data.mia_limit": 1 if data.mia_limit is None else data.mia_limit,
-            "data.mmlu_limit": 1 if data.mmlu_limit is None else data.mmlu_limit,
+            "mmlu.limit": 1 if self.mmlu.limit is None else self.mmlu.limit,
         }
         limits = data.limit if isinstance(data.limit, dict) else {"": 1 if data.limit is None else data.limit}
         for task, limit in limits.items():
@@ -207,7 +245,6 @@ class Job:
             "merge.candidates": merge.candidates,
             "merge.startup": merge.startup,
             "search.startup": search.startup,
-            "resources.gpus_per_worker": resources.gpus_per_worker,
             "selection.examples": selection.examples,
         }
         for name, number in at_least_0.items():
@@ -215,7 +252,6 @@ class Job:
         above_0 = {
             "target.learning_rate": self.target.learning_rate,
             "target.settings.learning_rate": learning_rate,
-            "resources.cpus_per_worker": resources.cpus_per_worker,
         }
         for name, number in above_0.items():
             require(math.isfinite(number) and number > 0, f"{name} must be a number above 0, got {number}.")
@@ -227,14 +263,16 @@ class Job:
         )
         require(bool(merge.methods), "merge.methods is empty; name at least one: " + ", ".join(MERGES))
 
-    def first_points(self) -> list[dict[str, Any]]:
+    def first_points(self) -> list[FirstPoint]:
         """The first points as mappings of searched parameters; recipe names are looked up."""
-        points = []
+        points: list[FirstPoint] = []
         for point in self.search.first_points:
             if isinstance(point, str):
-                points.append({key: value for key, value in recipe(point).config.items() if key in RECIPE_KEYS})
+                config = recipe(point).config
+                chosen = {key: config[key] for key in RECIPE_KEYS if key in config}
+                points.append(FirstPoint({"space": config["method"], **chosen}, point))
             elif isinstance(point, dict):
-                points.append(point)
+                points.append(FirstPoint(point, None))
             else:
                 raise InputError(
                     f"search.first_points takes recipe names ({', '.join(sorted(RECIPES))}) or mappings, got {point!r}."

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray_unlearn.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 def quiet() -> None:
@@ -83,6 +83,20 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     if adapter is not None:
         model = _with_adapter(model, path, adapter)
     return model.eval()
+
+
+def empty_model(path: str) -> Any:
+    """The model's shapes without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = Path(path)
+    if place.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(place.parent), gguf_file=place.name)
+    else:
+        config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _with_adapter(model: Any, path: str, adapter: str) -> Any:

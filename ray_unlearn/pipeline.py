@@ -45,16 +45,16 @@ def run(
     job, out = _resolve(job, out)
     claim(out, job)
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
-    configs = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     inputs, model_path, reference_path = _inputs_and_target(job, out, progress)
-    write_job(out, job, inputs, texts)
+    identity = write_job(out, job, inputs, texts)
     check_disk(out, job, model_path, configs)
-    needed = job.resources.workers * job.resources.cpus_per_worker * job.resources.concurrency
-    with cluster(address, job.resources.dashboard, needed) as started_here:
+    with cluster(address, job.resources) as started_here:
         shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage
         check_storage(job, shared)
         state = Run(
             job=job,
+            id=identity,
             dir=out,
             progress=progress,
             inputs=inputs,
@@ -62,7 +62,7 @@ def run(
             reference_path=reference_path,
             shared=shared,
         )
-        choice = _stages(state, space)
+        choice = _stages(state, space, points)
     summary = write_summary(out)
     write_report(out)
     if choice is None:
@@ -85,25 +85,22 @@ def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs,
         if model is not None:
             check_model(model)
     # A user's own files are checked before anything is trained; the benchmark's do not exist before it is built.
-    inputs = None if job.target.benchmark else load_inputs(job.data, job.seed)
+    inputs = None if job.target.benchmark else load_inputs(job)
     with stage(out, "target"):
         rows = [] if inputs is None else [*inputs.forget, *inputs.retain]
         model_path, reference_path, benchmark = job_target(job, rows, progress.line)
-        inputs = inputs or load_inputs(job.data, job.seed, benchmark)
-    for name, count in inputs.dropped.items():
-        if count:
-            progress.line(f"{count} bad rows dropped from {name}")
+        inputs = inputs or load_inputs(job, benchmark)
     return inputs, model_path, reference_path
 
 
-def _stages(state: Run, space: Space) -> str | None:
+def _stages(state: Run, space: Space, points: list[dict[str, Any]]) -> str | None:
     """The stages that need a cluster; the chosen candidate's id, or None where none is feasible."""
     from ray_unlearn import stages
 
     with stage(state.dir, "baseline"):
         state.baseline = stages.baseline(state)
     with stage(state.dir, "search"):
-        stages.search(state, space)
+        stages.search(state, space, points)
     with stage(state.dir, "merge"):
         stages.merge(state)
     with stage(state.dir, "selection"):
@@ -114,5 +111,5 @@ def _nothing_feasible(state: Run) -> str:
     return (
         f"no candidate is feasible: every snapshot's utility is at most {state.floor:.3f} "
         f"({state.job.selection.utility_floor:g} of the target's). {state.dir / 'report.html'} shows how they went; "
-        "give the search more trials, gentler learning rates, or a lower selection.utility_floor."
+        "give a new run more trials, gentler learning rates, or a lower selection.utility_floor."
     )

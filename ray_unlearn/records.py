@@ -6,10 +6,13 @@ import dataclasses
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ray_unlearn.errors import InputError
 
 VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
 
@@ -116,6 +119,41 @@ class Candidate:
     scores: Scores
     record: TrialRecord | MergeRecord
     snapshot: Snapshot | None = None
+
+
+def claim_file(path: str | Path | None) -> None:
+    """Refuses, before any work, an output file that could not be written."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"the output {path} is a directory; give a file's name.")
+    _claim_folder(path.absolute().parent)
+
+
+def claim_directory(path: str | Path, marker: str) -> Path:
+    """An output directory, refused before any work when it could not be written, or holds what is not ours.
+
+    What stands there is replaced, so it must be empty or bear the `marker` file of an earlier output.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the output {path} is a file; give a directory's name.")
+    if path.exists() and any(path.iterdir()) and not (path / marker).exists():
+        raise InputError(
+            f"{path} is not empty and was not written by this command; it is left alone. Give another --out."
+        )
+    _claim_folder(path.parent)
+    return path
+
+
+def _claim_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}. Give another --out.") from error
 
 
 def write_text(path: Path, text: str) -> None:

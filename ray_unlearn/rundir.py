@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Run:
     """A run under way: its job, its folder, and what the stages hand to each other."""
 
     job: Job
+    id: str
+    """Drawn when the run began; sets its studies apart in a storage that several runs share."""
     dir: Path
     progress: Progress
     inputs: Inputs
@@ -66,45 +69,44 @@ def claim(out: Path, job: Job) -> None:
             )
 
 
-def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> None:
-    """Writes job.yaml: job with defaults, versions, commit, data digests, texts of the spaces. Refuses changed data."""
+def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> str:
+    """Writes job.yaml: job with defaults, versions, commit, data digests, texts of the spaces; returns the run's id.
+
+    On a resumed run it is only read; changed data are refused.
+    """
     path = out / "job.yaml"
     if path.exists():
-        before = yaml.safe_load(path.read_text())["data_digests"]
-        changed = [name for name, value in inputs.digests.items() if before.get(name) != value]
+        before = yaml.safe_load(path.read_text())
+        changed = [name for name, value in inputs.digests.items() if before["data_digests"].get(name) != value]
         if changed:
             raise InputError(
                 f"the data of {out} have changed since it was begun: {', '.join(changed)}. Give another --out."
             )
-        return
+        return str(before["run_id"])
     stated = {
+        "run_id": uuid.uuid4().hex[:12],
         "job": to_dict(job),
         "versions": versions(),
         "git_commit": git_commit(),
         "data_digests": inputs.digests,
-        "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain)},
+        "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain), "dropped": inputs.dropped},
         "search_spaces": space_texts,
     }
     write_text(path, yaml.safe_dump(stated, sort_keys=False, allow_unicode=True))
+    return str(stated["run_id"])
 
 
 def check_disk(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
-    """Refuses a run whose snapshots and outputs may not fit on the disk, with the arithmetic."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Refuses a run whose missing snapshots and outputs may not fit on the disk, with the arithmetic."""
+    from ray_unlearn.models import empty_model
     from ray_unlearn.tuning import snapshot_bytes
 
-    if model_path.endswith(".gguf"):
-        model_bytes = largest = 4 * 2 * Path(model_path).stat().st_size  # 4-bit weights or wider, read as float32
-        count = job.search.trials * max(config.snapshots for config in configs)
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
-        model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-        largest = max(snapshot_bytes(model, config) for config in configs)
-        count = job.search.trials * max(config.snapshots for config in configs)
-    members = 2 + (job.merge.max_members if job.merge.candidates else 0)
+    trials = max(0, job.search.trials - len(load_records(out)[0]))
+    model = empty_model(model_path)
+    model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    largest = max(snapshot_bytes(model, config) for config in configs)
+    count = trials * max(config.snapshots for config in configs)
+    members = 0 if (out / "best").exists() else 2 + (job.merge.max_members if job.merge.candidates else 0)
     needed = int(DISK_MARGIN * (count * largest + members * model_bytes))
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -130,7 +132,7 @@ def check_storage(job: Job, shared: bool) -> None:
 
 @contextmanager
 def stage(out: Path, name: str) -> Iterator[None]:
-    """Adds a stage's wall-clock seconds to seconds.json, over all the starts of a run."""
+    """Adds a stage's wall-clock seconds to seconds.json; a start that was killed in the stage adds nothing."""
     began = time.monotonic()
     try:
         yield
@@ -139,6 +141,17 @@ def stage(out: Path, name: str) -> Iterator[None]:
         seconds = json.loads(path.read_text()) if path.exists() else {}
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
         write_json(path, seconds)
+
+
+def clean_up(out: Path) -> None:
+    """Removes what a killed write left beside its output, and snapshots that no record names."""
+    for pattern in (".merge-*", ".best.*.tmp", ".best.*.old", "*/.*.tmp"):
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    named = {record.id for record in load_records(out)[0] if record.status != "failed"}
+    for folder in (out / "snapshots").glob("trial-*"):
+        if folder.name not in named:
+            shutil.rmtree(folder)
 
 
 def write_summary(out: Path) -> dict[str, Any]:

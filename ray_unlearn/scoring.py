@@ -34,7 +34,7 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if self.mmlu_mode not in ("letters", "cloze"):
-            raise InputError(f"mmlu.mode must be letters or cloze, got {self.mmlu_mode!r}.")
+            raise InputError(f"mmlu.mode (--mmlu-mode) must be letters or cloze, got {self.mmlu_mode!r}.")
         if self.max_new_tokens < 1 or self.batch_size < 1 or self.mmlu_shots < 0:
             raise InputError(
                 f"max_new_tokens and batch_size must be at least 1 and mmlu.shots at least 0, got "
@@ -93,7 +93,12 @@ CLEAN_UP = (
 
 
 def evaluate_model(
-    model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE
+    model: Any,
+    tokenizer: Any,
+    data: EvalSet,
+    settings: EvalSettings,
+    shard: Shard = ALONE,
+    log: Callable[[str], None] = lambda line: None,
 ) -> tuple[Scores, list[str]]:
     """Scores of a model, and the generations for the forget rows followed by the retain rows.
 
@@ -104,14 +109,17 @@ def evaluate_model(
     try:
         with torch.no_grad():
             rows = [*data.forget, *data.retain]
+            log(f"generating answers to {len(rows)} rows")
             texts = generate(model, tokenizer, [row.input for row in rows], settings, shard)
             area = None
             if data.members and data.nonmembers:
+                log(f"losses of {len(data.members)} members and {len(data.nonmembers)} others")
                 losses = document_losses(model, tokenizer, [*data.members, *data.nonmembers], settings, shard)
                 count = len(data.members)
                 area = metrics.auc(losses[:count], losses[count:])
             utility = None
             if data.questions:
+                log(f"answering {len(data.questions)} questions")
                 utility = mmlu_accuracy(model, tokenizer, data, settings, shard)
     finally:
         model.train(was_training)

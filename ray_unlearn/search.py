@@ -20,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray_unlearn.config import TrialConfig, to_dict
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.executor import Handle, events
+from ray_unlearn.job import FirstPoint
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.pareto import OBJECTIVES
 from ray_unlearn.records import MergeRecord, Scores, TrialRecord, load_records
@@ -97,28 +98,44 @@ def tell(
 
 
 def check_space(
-    space: Space, seed: int, points: Sequence[dict[str, Any]] = (), ranges: Sequence[str] = ()
-) -> list[TrialConfig]:
-    """Samples the space without a storage and builds every TrialConfig; raises InputError for an unknown parameter,
-    in what the space returns, in the job's first points or in its ranges.
+    space: Space, seed: int, points: Sequence[FirstPoint] = (), ranges: Sequence[str] = ()
+) -> tuple[list[TrialConfig], list[dict[str, Any]]]:
+    """Samples the space without a storage and builds every TrialConfig; raises InputError for an unknown parameter
+    or value, in what the space returns, in the job's first points or in its ranges.
 
-    Returns the samples, from which the disk that snapshots may need is worked out.
+    Returns the samples, from which the disk that snapshots may need is worked out, and the first
+    points without what a recipe says but the space never asks for or does not offer.
     """
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    try:
-        configs = [trial_config(space(study.ask())) for _ in range(SAMPLES_CHECKED)]
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the search space fails when asked for a trial: {type(error).__name__}: {error}") from error
-    asked = {name for trial in study.trials for name in trial.params}
-    unknown = sorted(name for point in points for name in point if name not in asked)
-    if unknown:
-        raise unknown_name("parameter in search.first_points:", unknown[0], asked)
+    configs = [_sample(study, space) for _ in range(SAMPLES_CHECKED)]
+    asked = {name: distribution for trial in study.trials for name, distribution in trial.distributions.items()}
     unused = sorted(name for name in ranges if name not in asked)
     if unused:
         raise unknown_name("parameter in search.ranges:", unused[0], asked)
-    return configs
+    kept = []
+    for point in points:
+        unknown = sorted(name for name in point.parameters if name not in asked)
+        if unknown and point.recipe is None:
+            raise unknown_name("parameter in search.first_points:", unknown[0], asked)
+        kept.append(
+            {
+                name: value
+                for name, value in point.parameters.items()
+                if name in asked and (point.recipe is None or value in getattr(asked[name], "choices", [value]))
+            }
+        )
+        study.enqueue_trial(kept[-1])
+        configs.append(_sample(study, space))
+    return configs, kept
+
+
+def _sample(study: optuna.Study, space: Space) -> TrialConfig:
+    try:
+        return trial_config(space(study.ask()))
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError) as error:  # the space's own, or a value it does not offer
+        raise InputError(f"the search space refuses a trial: {type(error).__name__}: {error}") from error
 
 
 class TrialSearch(OptunaSearch):
@@ -200,12 +217,18 @@ def recover(study: optuna.Study, run_dir: Path, utility_floor: float) -> int:
         if record is not None:
             tell_record(study, trial.number, record, utility_floor)
         else:
-            study.tell(trial.number, state=TrialState.FAIL)
+            redone += _queue_again(study, trial)
             shutil.rmtree(run_dir / "snapshots" / f"trial-{trial.number:04d}", ignore_errors=True)
-            if trial.params:
-                study.enqueue_trial(trial.params, user_attrs={"restarts": trial.number})
-                redone += 1
     return redone
+
+
+def _queue_again(study: optuna.Study, trial: Any) -> bool:
+    """Queues a RUNNING trial's parameters anew, then tells it FAIL: in this order nothing is lost to another kill."""
+    known = {other.user_attrs.get("restarts") for other in study.get_trials(deepcopy=False)}
+    if trial.params and trial.number not in known:
+        study.enqueue_trial(trial.params, user_attrs={"restarts": trial.number})
+    study.tell(trial.number, state=TrialState.FAIL)
+    return bool(trial.params)
 
 
 def search_trials(
@@ -251,10 +274,11 @@ def search_trials(
 
 
 def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
-    """Queues the first points of a new study; a study that has trials keeps what it has."""
-    if not study.trials:
-        for point in points:
-            study.enqueue_trial(point)
+    """Queues those first points of a study that were never queued, whatever killed an earlier start."""
+    queued = {trial.user_attrs.get("first_point") for trial in study.get_trials(deepcopy=False)}
+    for number, point in enumerate(points):
+        if number not in queued:
+            study.enqueue_trial(point, user_attrs={"first_point": number})
 
 
 # -- the search over merges ----------------------------------------------------------------------
@@ -341,8 +365,11 @@ def search_merges(
 
 
 def recover_merges(study: optuna.Study, records: Sequence[MergeRecord], utility_floor: float) -> None:
-    """Tells the outcome of merges that a killed driver had scored but not told; FAIL for those it was scoring."""
+    """Tells the outcome of merges that a killed driver had scored, and queues those again that it was scoring."""
     known = {record.id: record for record in records}
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         record = known.get(f"merge-{trial.number:04d}")
-        tell(study, trial.number, record.scores if record else None, utility_floor, {})
+        if record is not None:
+            tell(study, trial.number, record.scores, utility_floor, {})
+        else:
+            _queue_again(study, trial)

@@ -111,7 +111,7 @@ def _as_merge(choice: Candidate) -> MergeRecipe:
 def _merger(run: Run, model: Any, tokenizer: Any, members: dict[str, dict[str, bytes]]) -> Merger:
     from ray_unlearn.trial import Bench
 
-    settings = run.job.evaluation
+    settings = run.job.eval_settings
     bench = Bench(
         model=model, tokenizer=tokenizer, forget=(), retain=(), eval_set=run.inputs.final_set, eval_settings=settings
     )

@@ -13,7 +13,6 @@ from ray_unlearn import selection
 from ray_unlearn.executor import Executor
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
-from ray_unlearn.merging.writer import remove_leftovers
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.records import (
     Candidate,
@@ -25,7 +24,7 @@ from ray_unlearn.records import (
     versions,
     write_json,
 )
-from ray_unlearn.rundir import Run, read_json
+from ray_unlearn.rundir import Run, clean_up, read_json
 from ray_unlearn.spaces import Space
 from ray_unlearn.tuning import read_snapshot
 from ray_unlearn.workbench import BenchSpec, ModelSource, score_models
@@ -49,7 +48,7 @@ def bench_spec(run: Run) -> BenchSpec:
         forget=run.inputs.forget,
         retain=run.inputs.retain,
         eval_set=run.inputs.search_set,
-        eval_settings=run.job.evaluation,
+        eval_settings=run.job.eval_settings,
         dtype=run.job.model.dtype,
         utility_floor=run.floor,
     )
@@ -60,31 +59,41 @@ def storage_url(run: Run) -> str:
     return run.job.search.storage or f"sqlite:///{run.dir / 'study.db'}"
 
 
-def search(run: Run, space: Space) -> None:
+def study_name(run: Run, name: str) -> str:
+    """A study's name; in a storage that other runs may share, with the run's own id before it."""
+    return name if run.job.search.storage is None else f"{run.id}-{name}"
+
+
+def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
     """Trials until the budget's records are there; the study goes on from where it was."""
     job = run.job
     done = len(load_records(run.dir)[0])
     if done >= job.search.trials:
         run.progress.line(f"search: {done} trials were done before")
         return
-    study = searching.open_study(storage_url(run), searching.TRIALS_STUDY, job.seed, job.search.startup)
+    study = searching.open_study(
+        storage_url(run), study_name(run, searching.TRIALS_STUDY), job.seed, job.search.startup
+    )
     redone = searching.recover(study, run.dir, run.floor)
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")
-    searching.enqueue(study, job.first_points())
+    searching.enqueue(study, points)
     executor = Executor(run.dir, bench_spec(run), job.resources, job.resources.storage or run.dir / "ray")
     run.progress.start("trials", job.search.trials, done)
     try:
-        searching.search_trials(
-            study,
-            space,
-            executor.handle,
-            run.dir,
-            num_trials=job.search.trials,
-            utility_floor=run.floor,
-            log=run.progress.line,
-            advance=run.progress.advance,
-        )
+        # A driver of Tune's that died has ended no trial: what is missing then is asked for once more.
+        for _ in range(2):
+            searching.search_trials(
+                study,
+                space,
+                executor.handle,
+                run.dir,
+                num_trials=job.search.trials,
+                utility_floor=run.floor,
+                log=run.progress.line,
+                advance=run.progress.advance,
+            )
+            searching.recover(study, run.dir, run.floor)
     finally:
         run.progress.finish()
         executor.close()
@@ -119,7 +128,7 @@ def merge(run: Run) -> None:
         reason = f"only {len(pool)} feasible snapshots" if missing > 0 else f"{len(done)} were done before"
         run.progress.line(f"merges: {reason}")
         return
-    study = searching.open_study(storage_url(run), searching.MERGES_STUDY, run.job.seed, plan.startup)
+    study = searching.open_study(storage_url(run), study_name(run, searching.MERGES_STUDY), run.job.seed, plan.startup)
     searching.recover_merges(study, done, run.floor)
     searching.enqueue(
         study, searching.first_merges([c.scores.mia_auc or 0.0 for c in pool], plan.methods, plan.max_members)
@@ -147,7 +156,12 @@ def _merge_actors(run: Run, pool: Sequence[Candidate], missing: int) -> list[Any
     """As many actors as trials run side by side, each with the base and the pool's members in memory."""
     resources = run.job.resources
     threads = max(1, int(resources.cpus_per_worker))
-    actor = ray.remote(MergeActor).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
+    actor = ray.remote(MergeActor).options(
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        max_restarts=-1,
+        max_task_retries=1,  # a recipe that kills its actor twice is a failed merge, not the end of the others
+    )
     spec = ray.put(bench_spec(run))
     members = ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot})
     return [actor.remote(spec, members, threads) for _ in range(min(resources.concurrency, missing))]
@@ -196,7 +210,7 @@ def write_front(run: Run) -> list[Candidate]:
 
 def select(run: Run) -> str | None:
     """Chooses, writes best/, scores it on unseen documents, and records the choice; None when nothing is feasible."""
-    remove_leftovers(run.dir)
+    clean_up(run.dir)
     members = write_front(run)
     if not members:
         return None

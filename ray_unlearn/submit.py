@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import shutil
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | N
             client = JobSubmissionClient(address)
             name = client.submit_job(
                 # The cluster's own interpreter: ours has another path, or another version.
-                entrypoint=f"python -m ray_unlearn run {path.stem}.yaml --out {out} --address auto",
+                entrypoint=f"python -m ray_unlearn run {path.stem}.yaml --out {shlex.quote(out)} --address auto",
                 runtime_env={"working_dir": folder},
                 metadata={"tool": "ray_unlearn", "job": path.stem},
             )

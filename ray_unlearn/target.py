@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from ray_unlearn import benchmark
 from ray_unlearn.benchmark import EmbeddedSettings
-from ray_unlearn.config import digest
+from ray_unlearn.config import digest, require
 from ray_unlearn.data import Encoded, by_length, collate, encode, limit_documents, load_pair
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job
 from ray_unlearn.models import check_model, load_model, load_tokenizer, save_model
-from ray_unlearn.records import Example, write_json
+from ray_unlearn.records import Example, claim_directory, write_json
 
 Log = Callable[[str], None]
+TARGET_FILE = "target.json"
 
 
 def fit(
@@ -96,20 +98,33 @@ def _build_at(place: Path, settings: EmbeddedSettings, log: Log) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     data = benchmark.make(settings)
     benchmark.write(data, place)
-    # Two processes of one thread each: operations this small do not profit from two threads.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_build_one, place, settings, name) for name in ("target", "reference")]
-        for job, name in zip(jobs, ("target", "reference"), strict=True):
-            loss, seconds = job.result()
-            log(f"embedded benchmark: {name} trained, loss {loss:.4f}, {seconds:.0f} s")
+    # Two processes of one thread each: operations this small do not profit from two threads. They are
+    # started as commands, since a spawned pool would run a user's own script again.
+    write_json(place / "building.json", dict(settings.__dict__))
+    program = "import sys; from ray_unlearn.target import build_one; build_one(*sys.argv[1:])"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    builders = [
+        subprocess.Popen([sys.executable, "-c", program, str(place), name], env=environment, stdout=subprocess.PIPE)
+        for name in ("target", "reference")
+    ]
+    for builder in builders:
+        answer = builder.communicate()[0].decode().strip()
+        if builder.returncode != 0:
+            raise RuntimeError(
+                f"building the embedded benchmark failed with exit code {builder.returncode}; see above."
+            )
+        log(f"embedded benchmark: {answer}")
     write_json(place / "settings.json", dict(settings.__dict__))
+    (place / "building.json").unlink()
     return place
 
 
-def _build_one(place: Path, settings: EmbeddedSettings, name: str) -> tuple[float, float]:
+def build_one(directory: str, name: str) -> None:
+    """Trains the benchmark's `target` or `reference` in this process and prints how it went."""
     import torch
 
-    began = time.monotonic()
+    place, began = Path(directory), time.monotonic()
+    settings = EmbeddedSettings(**json.loads((place / "building.json").read_text()))
     torch.set_num_threads(1)
     data = benchmark.make(settings)
     tokenizer = benchmark.make_tokenizer(data, settings.vocabulary)
@@ -125,7 +140,7 @@ def _build_one(place: Path, settings: EmbeddedSettings, name: str) -> tuple[floa
         seed=settings.seed,
     )
     save_model(model, tokenizer, place / name)
-    return loss, time.monotonic() - began
+    print(f"{name} trained, loss {loss:.4f}, {time.monotonic() - began:.0f} s")
 
 
 def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | None, Path | None]:
@@ -140,7 +155,7 @@ def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | 
         place = build_embedded(cache, part.settings, log)
         return str(place / "target"), str(place / "reference"), place
     pairs = [(row.input, row.output) for row in rows]
-    what = {"pairs": pairs, "base": part.base, "seed": job.seed, "dtype": job.model.dtype}
+    what = {"pairs": pairs, "base": part.base, "seed": job.seed}
     what |= {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
     place = cache / f"target-{digest(what)}"
     if place.exists():
@@ -171,6 +186,7 @@ def build_benchmark_at(out: Path, seed: int | None, log: Log) -> Path:
             )
         log(f"embedded benchmark: already in {out}")
         return out
+    claim_directory(out, "building.json")
     return _build_at(out, settings, log)
 
 
@@ -178,8 +194,13 @@ def build_target_at(
     base: str, forget: str, retain: str, limit: int | None, skip_bad: bool, out: Path, log: Log, **options: Any
 ) -> Path:
     """A base model fine-tuned on the rows of two files, written to `out`."""
+    for name in ("epochs", "batch_size", "learning_rate"):
+        require(options[name] > 0, f"{name} must be above 0, got {options[name]}: a budget of 0 does nothing.")
+    claim_directory(out, TARGET_FILE)
     check_model(base)
     pair = load_pair(forget, retain, skip_bad)
     rows = [row for loaded in pair for row in limit_documents(loaded.examples, limit)]
     options["seed"] = options.get("seed") or 0
-    return make_target(base, [(row.input, row.output) for row in rows], out, log, **options)
+    make_target(base, [(row.input, row.output) for row in rows], out, log, **options)
+    write_json(out / TARGET_FILE, {"base": base, "rows": len(rows), **options})
+    return out

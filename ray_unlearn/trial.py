@@ -17,10 +17,7 @@ from torch import Tensor
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Batch, Encoded, collate, cut, encode
 from ray_unlearn.engine import Engine
-from ray_unlearn.losses import METHODS
-from ray_unlearn.losses.ascent import cross_entropy, gradient_ascent
-from ray_unlearn.losses.distillation import kl_divergence
-from ray_unlearn.losses.preference import npo
+from ray_unlearn.losses import LOSSES, METHODS, RETAIN_TERMS
 from ray_unlearn.models import context_length
 from ray_unlearn.records import Example, Scores
 from ray_unlearn.schedule import Step, plan, snapshot_steps
@@ -188,7 +185,20 @@ def _group_loss(
         (len(rows) - count) * shares / max(1, len(step.retain)),
     )
     batch = collate([row for _, row in rows] or [feed.retain[0]], feed.pad_id, engine.device)
-    return step_loss(engine, tuned, config, batch, count, weights, idle=not rows, repair=not step.forget)
+    reference = None
+    if engine.stage == 3:  # the reference pass is a collective there: all ranks take it or none
+        reference = METHODS[config.method].needs_reference(bool(step.forget), bool(step.retain))
+    return step_loss(
+        engine,
+        tuned,
+        config,
+        batch,
+        count,
+        weights,
+        idle=not rows,
+        repair=not step.forget,
+        reference=reference,
+    )
 
 
 def step_loss(
@@ -198,61 +208,66 @@ def step_loss(
     batch: Batch,
     num_forget: int,
     weights: tuple[float, ...],
+    *,
     idle: bool = False,
     repair: bool = False,
+    reference: bool | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The weighted loss of a batch whose first `num_forget` rows are forget rows, and its parts.
 
-    `repair` marks a step of the second phase: it descends on retain rows under any method, by
-    cross-entropy where the method has no retain terms of its own. `idle` marks a dummy batch that
-    takes part in the collective passes and weighs nothing.
+    `weights` are the batch's shares of the step's forget and retain rows. `repair` marks a step of
+    the second phase: it descends on retain rows under any method, by cross-entropy where the method
+    has no retain terms of its own. `idle` marks a dummy batch that takes part in the collective
+    passes and weighs nothing; `reference` says whether the reference pass is one of them.
     """
     method = METHODS[config.method]
-    logits = engine(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1].float()
+    num_retain = len(batch.ids) - num_forget
+    if reference is None:
+        reference = method.needs_reference(num_forget > 0, num_retain > 0)
+    tensors = {"logits": engine(**_inputs(batch)).logits[:, :-1].float()}
+    if reference:
+        with tuned.reference(engine.module) as model:
+            tensors["ref_logits"] = model(**_inputs(batch)).logits[:, :-1].float()
+    loss = tensors["logits"].sum() * 0.0
     if idle:
-        return logits.sum() * 0.0, {"loss": 0.0}
-    logps = token_logps(logits, batch.ids)
-    reference = _reference_logits(
-        engine, tuned, method.needs_reference, "kl_divergence" in method.retain, batch, num_forget
-    )
-    parts: dict[str, Tensor] = {}
+        return loss, {"loss": 0.0}
+    for name in list(tensors):
+        tensors[name.replace("logits", "logps")] = token_logps(tensors[name], batch.ids)
+    terms: list[tuple[str, str, float, float, slice, str]] = []
     if num_forget:
-        mask = batch.mask(config.forget_on)[:num_forget]
-        if method.forget == "npo":
-            ref = token_logps(reference[:num_forget], batch.ids[:num_forget])
-            parts["forget"] = npo(logps[:num_forget], ref, mask, config.npo_beta, config.npo_ratio)
-        else:
-            parts["forget"] = gradient_ascent(logps[:num_forget], mask, config.ascent_bound)
-    if num_forget < len(batch.ids):
-        retain_terms = method.retain or (("cross_entropy",) if repair else ())
-        if "cross_entropy" in retain_terms:
-            parts["retain"] = cross_entropy(logps[num_forget:], batch.mask(config.retain_on)[num_forget:])
-        if "kl_divergence" in retain_terms:
-            parts["kl"] = kl_divergence(logits[num_forget:], reference[num_forget:], batch.document[num_forget:])
-    scale = {
-        "forget": config.forget_weight * weights[0],
-        "retain": (config.retain_weight if "cross_entropy" in method.retain else 1.0) * weights[1],
-        "kl": config.kl_weight * weights[1],
-    }
-    loss = sum((scale[name] * part for name, part in parts.items()), logits.sum() * 0.0)
-    shown = {name: float(part.detach()) * weights[0 if name == "forget" else 1] for name, part in parts.items()}
+        terms.append(
+            ("forget", method.forget, config.forget_weight, weights[0], slice(0, num_forget), config.forget_on)
+        )
+    if num_retain:
+        rows = slice(num_forget, None)
+        for name in method.retain:
+            part, field_name = RETAIN_TERMS[name]
+            terms.append((part, name, getattr(config, field_name), weights[1], rows, config.retain_on))
+        if repair and not method.retain:
+            terms.append(("retain", "cross_entropy", 1.0, weights[1], rows, config.retain_on))
+    shown: dict[str, float] = {}
+    for part, name, weight, share, rows, on in terms:
+        value = share * _term(name, config, tensors, batch, rows, on)
+        loss = loss + weight * value
+        shown[part] = float(value.detach())
     return loss, {"loss": float(loss.detach()), **shown}
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False}
+
+
+def _term(name: str, config: TrialConfig, tensors: dict[str, Tensor], batch: Batch, rows: slice, on: str) -> Tensor:
+    """One loss of the table on some rows of a batch."""
+    loss = LOSSES[name]
+    given = {**tensors, "mask": batch.mask("document" if loss.whole_document else on)}
+    options = {argument: getattr(config, key) for argument, key in loss.options.items()}
+    return loss.compute(*(given[tensor][rows] for tensor in loss.tensors), **options)
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     """(logits [B,T-1,V], ids [B,T]) -> [B,T-1]: log-probability of each next token."""
     return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-def _reference_logits(
-    engine: Any, tuned: Tuned, for_forget: bool, for_retain: bool, batch: Batch, num_forget: int
-) -> Tensor:
-    """Reference logits of all rows if any term needs them; an empty tensor otherwise."""
-    if not (for_forget and num_forget) and not (for_retain and num_forget < len(batch.ids)):
-        return torch.empty(0)
-    with tuned.reference(engine.module) as model:
-        out = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
-        return out.logits[:, :-1].float()
 
 
 def _snapshot(

@@ -101,18 +101,25 @@ def score_models(job: Job, paths: Sequence[str], eval_set: EvalSet, shared: bool
     task = ray.remote(_score).options(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker)
     threads = max(1, int(resources.cpus_per_worker))
     sources = [ModelSource.of(path, shared) for path in paths]
-    return ray.get([task.remote(source, eval_set, job.evaluation, job.model.dtype, threads) for source in sources])
+    return ray.get([task.remote(source, eval_set, job.eval_settings, job.model.dtype, threads) for source in sources])
 
 
 def _score(
     source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
 ) -> tuple[Scores, list[str]]:
-    import torch
-
     from ray_unlearn.models import load_model, load_tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(threads)
     path = source.local()
-    return evaluate_model(load_model(path, dtype).to(device), load_tokenizer(path), eval_set, settings)
+    model = load_model(path, dtype).to(ray_device(threads))
+    return evaluate_model(model, load_tokenizer(path), eval_set, settings)
+
+
+def ray_device(threads: int) -> str:
+    """The device that Ray gave this task or actor; on the CPU, with so many threads."""
+    import ray
+    import torch
+
+    if ray.get_gpu_ids():
+        return "cuda"
+    torch.set_num_threads(threads)
+    return "cpu"

@@ -17,7 +17,8 @@ def small_job(cache: Path) -> dict[str, Any]:
     """Plain values of a job over SETTINGS: every stage, in the smallest number of steps that shows it."""
     return {
         "target": {"benchmark": "embedded", "settings": SETTINGS.__dict__, "cache": str(cache)},
-        "evaluation": {"max_new_tokens": 24, "batch_size": 64, "mmlu_mode": "cloze"},
+        "evaluation": {"max_new_tokens": 24, "batch_size": 64},
+        "mmlu": {"mode": "cloze"},
         "search": {
             "trials": 3,
             "spaces": ["ascent_kl_ce"],

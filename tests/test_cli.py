@@ -200,6 +200,7 @@ def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeyp
     job = from_dict(Job, small_job(tmp_path))
     configs = [TrialConfig(snapshots=2), TrialConfig(snapshots=5, tuning="full")]
     check_disk(tmp_path, job, str(files / "model"), configs)
+    (tmp_path / "records").mkdir()
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(InputError, match=r"0\.00 GiB free.*15 snapshots of up to 0\.\d MiB"):
         check_disk(tmp_path, job, str(files / "model"), configs)
@@ -219,6 +220,49 @@ def test_merge_refuses_members_of_another_base_and_bad_densities(files, tmp_path
     assert "density must be above 0" in refused(capsys, *argv, "--adapters", files / "model", "--density", 0)
     assert "2 weights" in refused(capsys, *argv, "--adapters", files / "model", files, "--weights", 1)
     assert "unknown merge method 'tiess'" in refused(capsys, *argv, "--adapters", files / "model", "--method", "tiess")
+
+
+def test_outputs_that_are_not_ours_are_left_alone(files, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    merge = ["merge", "--base", files / "model", "--adapters", files / "model"]
+    for argv in (
+        [*merge, "--out", tmp_path / "mine"],
+        ["target", "--benchmark", "embedded", "--out", tmp_path / "mine"],
+        ["target", "--base", files / "model", "--forget", files, "--retain", files, "--out", tmp_path / "mine"],
+        [*merge, "--out", files / "model"],
+    ):
+        assert "was not written by this command" in refused(capsys, *argv)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    score = ["score", "--predictions", tmp_path / "none.jsonl", "--out", "/proc/nowhere/s.json"]
+    assert "/proc/nowhere cannot be written" in refused(capsys, *score)
+
+
+def test_a_merge_of_one_member_is_that_member_and_may_be_written_again(files, tmp_path, tiny):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(files / "model", tmp_path / "tuned")
+    weights = load_file(tmp_path / "tuned" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.25
+    save_file(weights, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    argv = ["merge", "--base", files / "model", "--adapters", tmp_path / "tuned", "--out", tmp_path / "out"]
+    for _ in range(2):
+        assert cli.main([str(part) for part in argv]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all((merged[name] - weights[name]).abs().max() < 1e-6 for name in weights)
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["lambda"] == 1.0
+
+
+def test_budgets_of_zero_are_refused_everywhere(files, tmp_path, capsys):
+    data = ["--forget", files, "--retain", files, "--out", tmp_path / "out"]
+    assert "epochs must be above 0" in refused(capsys, "target", "--base", files / "model", *data, "--epochs", 0)
+    train = ["train", "--model", files / "model", *data, "--recipe", "zjuklab-model1"]
+    assert "resources.workers must be at least 1" in refused(capsys, *train, "--workers", 0)
+    evaluate = ["evaluate", "--model", tmp_path / "none", *data]
+    assert "must be at least 1" in refused(capsys, *evaluate, "--max-new-tokens", 0)
+    assert "merge.candidates must be at least 0" in run_refused(capsys, tmp_path, merge__candidates=-1)
+    assert "mmlu.mode" in run_refused(capsys, tmp_path, mmlu__mode="letter")
+    assert "mmlu.limit must be at least 1" in run_refused(capsys, tmp_path, mmlu__limit=0)
 
 
 def test_a_run_time_failure_exits_with_1_and_debug_shows_the_traceback(tmp_path, capsys, monkeypatch):

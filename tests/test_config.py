@@ -16,6 +16,7 @@ from ray_unlearn.job import Job, apply_override, differences, load_job
 from ray_unlearn.losses import METHODS
 from ray_unlearn.recipes import RECIPES, recipe
 from ray_unlearn.schedule import plan
+from ray_unlearn.search import check_space
 from ray_unlearn.spaces import find_space, known_spaces, load_space, shipped, trial_config
 
 CHANGED = {
@@ -312,7 +313,7 @@ def test_a_job_survives_the_round_trip_through_yaml(data):
         ({**EMBEDDED, "selection": {"weights": [1, 1]}}, "selection.weights must be three numbers"),
         ({**EMBEDDED, "selection": {"weights": [0, 0, 0]}}, "selection.weights must be three numbers"),
         ({**EMBEDDED, "selection": {"weights": [1, 1, -1]}}, "selection.weights must be three numbers"),
-        ({**EMBEDDED, "evaluation": {"mmlu_mode": "words"}}, "mmlu.mode must be letters or cloze"),
+        ({**EMBEDDED, "mmlu": {"mode": "words"}}, "mmlu.mode .*must be letters or cloze"),
         ({**EMBEDDED, "evaluation": {"max_new_tokens": 0}}, "max_new_tokens"),
         ({**EMBEDDED, "target": {"benchmark": "embedded", "epochs": 0}}, "target.epochs must be at least 1"),
         ({**EMBEDDED, "target": {"benchmark": "embedded", "settings": {"layer": 1}}}, "target.settings 'layer'"),
@@ -400,5 +401,6 @@ def test_every_shipped_job_loads_and_its_space_can_be_sampled(path: Path, monkey
         trial_config(returned)
         asked |= set(parameters)
     assert set(job.search.ranges) <= asked
-    for point in job.first_points():
-        assert set(point) <= asked | set(FIELDS) | {"space"}
+    configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    assert len(points) == len(job.search.first_points) and all(set(point) <= asked for point in points)
+    assert all(config.seed == 0 for config in configs)

@@ -231,8 +231,8 @@ def test_limit_keeps_the_first_whole_documents_of_each_task():
     assert [e.id for e in limit_documents(rows, 1)] == ["d1sc1", "d3sc1", "d1qa0"]
     assert [e.id for e in limit_documents(rows, {"Task1": 2})] == ["d1sc1", "d2sc1", "d1qa0"]
     assert limit_documents(rows, None) == rows and limit_documents(rows, 99) == rows
-    with pytest.raises(InputError, match=r"keeps no rows; tasks in the file: \['Task1', 'Task2'\]"):
-        limit_documents(rows, {"task1": 2})
+    with pytest.raises(InputError, match=r"unknown task in data.limit: 'task1'. Did you mean 'Task1'\?"):
+        limit_documents(rows, {"task1": 2, "Task2": 1})
 
 
 @pytest.mark.parametrize("seed", range(10))

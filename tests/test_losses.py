@@ -12,7 +12,7 @@ import torch
 
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Encoded, collate
-from ray_unlearn.losses import LOSSES, METHODS, cross_entropy, gradient_ascent, kl_divergence, npo
+from ray_unlearn.losses import LOSSES, METHODS, RETAIN_TERMS, cross_entropy, gradient_ascent, kl_divergence, npo
 from ray_unlearn.trial import step_loss, token_logps
 
 VOCABULARY = 11
@@ -86,7 +86,7 @@ def fast_value(name, logits, ref, ids, mask, options):
         return kl_divergence(logits, ref, mask)
     if name == "npo":
         return npo(picked(logits, ids), picked(ref, ids), mask, **options)
-    return LOSSES[name](picked(logits, ids), mask, **options)
+    return LOSSES[name].compute(picked(logits, ids), mask, **options)
 
 
 CASES = [
@@ -253,7 +253,11 @@ def test_every_method_names_losses_that_exist():
     for name, method in METHODS.items():
         assert {method.forget, *method.retain} <= set(LOSSES), name
         assert set(method.parameters) <= set(TrialConfig.__dataclass_fields__), name
-        assert method.needs_reference == (method.forget == "npo")
+        assert method.needs_reference(True, False) == (method.forget == "npo")
+        assert method.needs_reference(False, True) == ("kl_divergence" in method.retain)
+        assert set(method.retain) <= set(RETAIN_TERMS), name
+    for name, loss in LOSSES.items():
+        assert set(loss.options.values()) <= set(TrialConfig.__dataclass_fields__), name
 
 
 # -- the loss of a step ----------------------------------------------------------------------------
@@ -397,7 +401,7 @@ def test_repair_descends_on_the_retain_terms_and_by_cross_entropy_where_there_ar
 def test_an_idle_batch_weighs_nothing_but_reaches_every_parameter(method):
     engine, tuned = FakeEngine(), FakeTuned()
     batch = collate(made_rows(1), 0)
-    loss, shown = step_loss(engine, tuned, TrialConfig(method=method), batch, 0, (0.0, 0.0), True)
+    loss, shown = step_loss(engine, tuned, TrialConfig(method=method), batch, 0, (0.0, 0.0), idle=True)
     loss.backward()
     assert loss.item() == 0 and shown["loss"] == 0
     assert all(p.grad is not None and p.grad.eq(0).all() for p in engine.module.parameters())
@@ -417,7 +421,7 @@ def test_shares_weighted_by_their_rows_average_to_the_whole_batch(method, num_fo
         weights = len(mine[0]) * shares / num_forget, len(mine[1]) * shares / num_retain
         idle = not (mine[0] or mine[1])
         batch = collate(mine[0] + mine[1] or retain[:1], 0)
-        losses.append(step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle)[0])
+        losses.append(step_loss(engine, tuned, config, batch, len(mine[0]), weights, idle=idle)[0])
     torch.testing.assert_close(sum(losses) / shares, whole, rtol=1e-5, atol=1e-6)
 
 

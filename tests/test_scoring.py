@@ -292,7 +292,7 @@ def test_a_failing_evaluation_gives_the_training_mode_back(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mmlu_mode": "words"}, "mmlu.mode must be letters or cloze, got 'words'"),
+        ({"mmlu_mode": "words"}, r"mmlu.mode \(--mmlu-mode\) must be letters or cloze, got 'words'"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
         ({"mmlu_shots": -1}, "mmlu.shots at least 0"),

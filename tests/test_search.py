@@ -7,7 +7,9 @@ import pytest
 from optuna.trial import TrialState
 
 from ray_unlearn import search
-from ray_unlearn.config import TrialConfig, to_dict
+from ray_unlearn.config import TrialConfig, from_dict, to_dict
+from ray_unlearn.errors import InputError
+from ray_unlearn.job import FirstPoint, Job
 from ray_unlearn.records import MergeRecord, Scores, Snapshot, TrialRecord, save_record
 from ray_unlearn.spaces import load_space
 
@@ -88,8 +90,8 @@ def test_recovery_tells_what_is_on_record_and_queues_the_rest_again(study, tmp_p
 def test_first_points_are_queued_once(study):
     search.enqueue(study, [{"x": 0.25}, {"x": 0.5}])
     assert study.ask().suggest_float("x", 0, 1) == 0.25
-    search.enqueue(study, [{"x": 0.75}])
-    assert study.ask().suggest_float("x", 0, 1) == 0.5 and len(study.trials) == 2
+    search.enqueue(study, [{"x": 0.25}, {"x": 0.5}, {"x": 0.75}])  # as after a kill between the second and the third
+    assert [study.ask().suggest_float("x", 0, 1) for _ in range(2)] == [0.5, 0.75] and len(study.trials) == 3
 
 
 def test_a_resumed_study_does_not_propose_its_beginning_again(tmp_path):
@@ -102,9 +104,24 @@ def test_a_resumed_study_does_not_propose_its_beginning_again(tmp_path):
 
 def test_check_space_returns_configurations_of_every_branch():
     space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {"snapshots": 3})
-    configs = search.check_space(space, 0)
+    configs, _ = search.check_space(space, 0)
     assert {config.method for config in configs} == {"ascent_kl_ce", "npo_kl_ce"}
     assert {config.tuning for config in configs} == {"lora", "full"} and {config.snapshots for config in configs} == {3}
+
+
+def test_a_recipe_as_first_point_fixes_its_method_and_drops_what_the_space_does_not_ask():
+    job = from_dict(Job, {"target": {"benchmark": "embedded"}, "search": {"first_points": ["zjuklab-model1"]}})
+    space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {}, {"tuning": ["full"]})
+    configs, points = search.check_space(space, 0, job.first_points(), ["tuning"])
+    assert points[0]["space"] == "npo_kl_ce" and points[0]["forget_weight"] == 0.4 and "lora_rank" not in points[0]
+    assert configs[-1].method == "npo_kl_ce" and configs[-1].kl_weight == 0.4
+
+
+@pytest.mark.parametrize("point", [{"schedule": "pairedd"}, {"space": "npo"}])
+def test_a_first_point_with_a_value_that_the_space_does_not_offer_is_refused(point):
+    space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {})
+    with pytest.raises(InputError, match="the search space refuses a trial"):
+        search.check_space(space, 0, [FirstPoint(point, None)])
 
 
 # -- merges ----------------------------------------------------------------------------------------
@@ -140,10 +157,11 @@ def test_a_pool_of_two_leaves_no_choice_of_how_many():
     assert len(search.suggest_merge(study.ask(), POOL[:2], ["ties"], 3).members) == 2
 
 
-def test_merges_that_a_killed_driver_had_scored_are_told_and_others_fail(study):
+def test_merges_that_a_killed_driver_had_scored_are_told_and_others_are_queued_again(study):
     for _ in range(2):
-        study.ask()
+        study.ask().suggest_float("x", 0, 1)
     done = MergeRecord(id="merge-0001", status="finished", recipe={}, scores=scores(0.8, 0.8, 0.8))
     search.recover_merges(study, [done], FLOOR)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "WAITING"]
     assert study.trials[1].values == [0.8, 0.8, 0.8]
+    assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]

@@ -47,7 +47,7 @@ def place(tmp_path_factory):
 def ray_here():
     from ray_unlearn.cluster import cluster
 
-    with cluster("local", dashboard=False, needed_cpus=2):
+    with cluster("local", ResourcesPart(dashboard=False)):
         yield
 
 

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray_unlearn.losses.ascent import cross_entropy, gradient_ascent
 from ray_unlearn.losses.distillation import kl_divergence
 from ray_unlearn.losses.preference import npo
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    "cross_entropy": cross_entropy,
-    "gradient_ascent": gradient_ascent,
-    "kl_divergence": kl_divergence,
-    "npo": npo,
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A loss and what it is called with."""
+
+    compute: Callable[..., Any]
+    tensors: tuple[str, ...]
+    """In the order of its arguments: logits, ref_logits [B,T,V], logps, ref_logps [B,T], mask [B,T]."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Keyword argument -> the field of TrialConfig that gives it."""
+    whole_document: bool = False
+    """Whether its mask is every token, whatever the configuration says."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with the untrained model."""
+        return any(name.startswith("ref_") for name in self.tensors)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(compute=cross_entropy, tensors=("logps", "mask")),
+    "gradient_ascent": Loss(compute=gradient_ascent, tensors=("logps", "mask"), options={"bound": "ascent_bound"}),
+    "kl_divergence": Loss(compute=kl_divergence, tensors=("logits", "ref_logits", "mask"), whole_document=True),
+    "npo": Loss(
+        compute=npo, tensors=("logps", "ref_logps", "mask"), options={"beta": "npo_beta", "ratio": "npo_ratio"}
+    ),
 }
+RETAIN_TERMS = {"cross_entropy": ("retain", "retain_weight"), "kl_divergence": ("kl", "kl_weight")}
+"""Loss on retain rows -> the name of its part in a trial's course, and the field of TrialConfig that weighs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +52,10 @@ class Method:
     """Fields of TrialConfig that this method reads beyond those every method reads."""
     source: str
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the forget loss needs the reference model's log-probabilities."""
-        return self.forget == "npo"
+    def needs_reference(self, forget: bool, retain: bool) -> bool:
+        """Whether a batch with forget rows, with retain rows, takes a forward pass of the untrained model."""
+        on_retain = any(LOSSES[name].needs_reference for name in self.retain)
+        return (forget and LOSSES[self.forget].needs_reference) or (retain and on_retain)
 
 
 METHODS: dict[str, Method] = {

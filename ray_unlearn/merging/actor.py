@@ -12,7 +12,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.records import Scores
 from ray_unlearn.scoring import EvalSet, evaluate_model
 from ray_unlearn.tuning import Delta, deltas, dense
-from ray_unlearn.workbench import BenchSpec, open_bench
+from ray_unlearn.workbench import BenchSpec, open_bench, ray_device
 
 
 class Merger:
@@ -75,10 +75,7 @@ class MergeActor:
     """A Merger in a Ray actor: base and members are loaded once, then one recipe after another."""
 
     def __init__(self, spec: BenchSpec, members: Mapping[str, dict[str, bytes]], threads: int) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(threads)
-        self.merger = Merger(open_bench(spec, device), members)
+        self.merger = Merger(open_bench(spec, ray_device(threads)), members)
 
     def score(self, recipe: MergeRecipe) -> Scores:
         """The scores of a recipe's merge."""

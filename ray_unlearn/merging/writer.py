@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,9 +87,3 @@ def _write_member(base: Any, files: dict[str, bytes], name: str, directory: Path
         with torch.no_grad():
             for key, tensor in kept.items():
                 parameters[key].copy_(tensor)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes what a killed write left beside its output."""
-    for path in directory.glob(".merge-*"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -11,13 +11,13 @@ import yaml
 
 from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
 from ray_unlearn.report import figures
-from ray_unlearn.report.run import Run
+from ray_unlearn.report.run import RunView
 from ray_unlearn.report.table import GROUPS, score_rows
 
 SHOWN_CANDIDATES = 60
 
 
-def render(run: Run) -> str:
+def render(run: RunView) -> str:
     """The page's HTML. Every value goes through autoescaping."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -85,7 +85,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _verdict(run: Run) -> dict[str, str]:
+def _verdict(run: RunView) -> dict[str, str]:
     """One sentence on how the run came out, and the tone of its box: good, poor or open."""
     if run.final is None:
         return {"tone": "open", "text": _unfinished(run)}
@@ -105,7 +105,7 @@ def _verdict(run: Run) -> dict[str, str]:
     return {"tone": "good" if allowed and gain > 0 else "poor", "text": text}
 
 
-def _unfinished(run: Run) -> str:
+def _unfinished(run: RunView) -> str:
     """The verdict of a run that has chosen nothing yet."""
     scored = [(c.scores.final, c.id) for c in run.candidates if c.scores.final is not None]
     if not scored:
@@ -117,7 +117,7 @@ def _unfinished(run: Run) -> str:
     return f"{text}."
 
 
-def _missing(run: Run) -> list[str]:
+def _missing(run: RunView) -> list[str]:
     """What a finished run would have and this one has not, in plain words."""
     statuses = Counter(trial.status for trial in run.trials)
     notes = [
@@ -139,7 +139,7 @@ def _missing(run: Run) -> list[str]:
     return [text for absent, text in notes if absent]
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunView) -> list[tuple[str, str]]:
     """The counts at the head of the page."""
     facts = []
     for noun, records in (("trial", run.trials), ("merge", run.merges)):
@@ -154,7 +154,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _score_groups(run: Run) -> list[dict[str, Any]]:
+def _score_groups(run: RunView) -> list[dict[str, Any]]:
     """Target against best; before the end, the target alone on the documents of the search."""
     final = run.final
     if final is None:
@@ -166,7 +166,7 @@ def _score_groups(run: Run) -> list[dict[str, Any]]:
     return [{"name": GROUPS.get(group, group), "rows": [r for r in rows if r.group == group]} for group in groups]
 
 
-def _planes(run: Run) -> list[figures.Picture]:
+def _planes(run: RunView) -> list[figures.Picture]:
     if not run.candidates and run.baseline is None:
         return []
     return figures.planes(
@@ -179,7 +179,7 @@ def _planes(run: Run) -> list[figures.Picture]:
     )
 
 
-def _courses(run: Run) -> dict[str, Any]:
+def _courses(run: RunView) -> dict[str, Any]:
     """The figure of the courses and the trials it highlights, with why."""
     drawn = [trial for trial in run.trials if trial.status != "failed" and trial.snapshots]
     owners = {snapshot.id: trial.id for trial in drawn for snapshot in trial.snapshots}
@@ -208,7 +208,7 @@ def _courses(run: Run) -> dict[str, Any]:
     return {"courses": pictures, "highlighted": colours, "highlighted_why": why}
 
 
-def _recipes(run: Run) -> list[figures.Picture]:
+def _recipes(run: RunView) -> list[figures.Picture]:
     finals = [
         c.scores.final
         for c in run.candidates
@@ -217,7 +217,7 @@ def _recipes(run: Run) -> list[figures.Picture]:
     return figures.recipes(run.merges, best_snapshot=max(finals, default=None), choice=run.choice)
 
 
-def _candidate_rows(run: Run) -> list[dict[str, Any]]:
+def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
     """All candidates: the front's members first, then by final; the template cuts the list."""
     front = set(run.front_ids)
 
@@ -246,7 +246,7 @@ def _method(candidate: Candidate) -> str:
     return str(candidate.record.config.get("method", "–"))
 
 
-def _failures(run: Run) -> list[TrialRecord | MergeRecord]:
+def _failures(run: RunView) -> list[TrialRecord | MergeRecord]:
     records: list[TrialRecord | MergeRecord] = [*run.trials, *run.merges]
     return [record for record in records if record.status != "finished"]
 

@@ -15,7 +15,7 @@ from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord, can
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunView:
     """What a run directory holds. A file that is not there yet is None."""
 
     path: Path
@@ -65,7 +65,7 @@ class Run:
         return feasible(scores.utility, target.utility, self.floor)
 
 
-def load_run(run_dir: Path) -> Run:
+def load_run(run_dir: Path) -> RunView:
     """Reads a run directory; raises InputError when it is none, or when a file in it is broken."""
     job_file = run_dir / "job.yaml"
     if not job_file.is_file():
@@ -84,7 +84,7 @@ def load_run(run_dir: Path) -> Run:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"a record in {run_dir / 'records'} cannot be read: {error!r}. Move it away.") from error
     baseline = _read(run_dir / "baseline.json")
-    return Run(
+    return RunView(
         path=run_dir,
         about=about,
         trials=trials,
