@@ -231,38 +231,55 @@ def step_loss(
     loss = tensors["logits"].sum() * 0.0
     if idle:
         return loss, {"loss": 0.0}
-    for name in list(tensors):
-        tensors[name.replace("logits", "logps")] = token_logps(tensors[name], batch.ids)
-    terms: list[tuple[str, str, float, float, slice, str]] = []
-    if num_forget:
-        terms.append(
-            ("forget", method.forget, config.forget_weight, weights[0], slice(0, num_forget), config.forget_on)
-        )
-    if num_retain:
-        rows = slice(num_forget, None)
-        for name in method.retain:
-            part, field_name = RETAIN_TERMS[name]
-            terms.append((part, name, getattr(config, field_name), weights[1], rows, config.retain_on))
-        if repair and not method.retain:
-            terms.append(("retain", "cross_entropy", 1.0, weights[1], rows, config.retain_on))
+    terms = _terms(config, num_forget, num_retain, repair)
+    for name in ("logps", "ref_logps"):
+        if any(name in LOSSES[term.loss].tensors for term in terms):
+            tensors[name] = token_logps(tensors[name.replace("logps", "logits")], batch.ids)
     shown: dict[str, float] = {}
-    for part, name, weight, share, rows, on in terms:
-        value = share * _term(name, config, tensors, batch, rows, on)
-        loss = loss + weight * value
-        shown[part] = float(value.detach())
+    for term in terms:
+        value = weights[term.part != "forget"] * _value(term, config, tensors, batch)
+        loss = loss + term.weight * value
+        shown[term.part] = float(value.detach())
     return loss, {"loss": float(loss.detach()), **shown}
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One summand of a step's loss: a loss of the table, on some rows, under the name it has in the course."""
+
+    part: str
+    loss: str
+    weight: float
+    rows: slice
+    on: str
+
+
+def _terms(config: TrialConfig, num_forget: int, num_retain: int, repair: bool) -> list[_Term]:
+    """The summands for a batch whose first rows are forget rows and whose others are retain rows."""
+    method, found = METHODS[config.method], []
+    if num_forget:
+        forget_rows = slice(0, num_forget)
+        found.append(_Term("forget", method.forget, config.forget_weight, forget_rows, config.forget_on))
+    if num_retain:
+        retain_rows = slice(num_forget, None)
+        for name in method.retain:
+            part, weight = RETAIN_TERMS[name]
+            found.append(_Term(part, name, getattr(config, weight), retain_rows, config.retain_on))
+        if repair and not method.retain:
+            found.append(_Term("retain", "cross_entropy", 1.0, retain_rows, config.retain_on))
+    return found
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False}
 
 
-def _term(name: str, config: TrialConfig, tensors: dict[str, Tensor], batch: Batch, rows: slice, on: str) -> Tensor:
-    """One loss of the table on some rows of a batch."""
-    loss = LOSSES[name]
-    given = {**tensors, "mask": batch.mask("document" if loss.whole_document else on)}
+def _value(term: _Term, config: TrialConfig, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
+    """A summand's loss, called with the tensors and options that its row of the table names."""
+    loss = LOSSES[term.loss]
+    given = {**tensors, "mask": batch.mask("document" if loss.whole_document else term.on)}
     options = {argument: getattr(config, key) for argument, key in loss.options.items()}
-    return loss.compute(*(given[tensor][rows] for tensor in loss.tensors), **options)
+    return loss.compute(*(given[name][term.rows] for name in loss.tensors), **options)
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:

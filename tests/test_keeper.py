@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ray_unlearn import executor
+from ray_unlearn import keeper as keeping
 from ray_unlearn.cluster import check_room
 from ray_unlearn.config import TrialConfig, to_dict
 from ray_unlearn.errors import InputError
@@ -29,9 +29,9 @@ async def ended(keeper, name):
 
 def test_a_slot_whose_workers_died_gets_its_trial_back_once_then_it_fails(tmp_path):
     async def story():
-        keeper = executor.Keeper(str(tmp_path), 1)
+        keeper = keeping.Keeper(str(tmp_path), 1)
         await keeper.submit("trial-0000", CONFIG, queued=True)
-        for attempt in range(executor.MAX_ATTEMPTS):
+        for attempt in range(keeping.MAX_ATTEMPTS):
             epoch = await keeper.hello(0)
             await keeper.ready(0)
             assert await keeper.lease(0, epoch) == ("run", "trial-0000", CONFIG)
@@ -50,7 +50,7 @@ def test_a_slot_whose_workers_died_gets_its_trial_back_once_then_it_fails(tmp_pa
 
 def test_a_new_worker_group_sends_the_old_one_home(tmp_path):
     async def story():
-        keeper = executor.Keeper(str(tmp_path), 1)
+        keeper = keeping.Keeper(str(tmp_path), 1)
         old = await keeper.hello(0)
         await keeper.hello(0)
         return await keeper.lease(0, old)
@@ -60,9 +60,9 @@ def test_a_new_worker_group_sends_the_old_one_home(tmp_path):
 
 def test_workers_that_never_get_ready_are_told_to_give_up(tmp_path):
     async def story():
-        keeper = executor.Keeper(str(tmp_path), 1)
-        starts = [await keeper.hello(0) for _ in range(executor.MAX_STARTS + 1)]
-        other = executor.Keeper(str(tmp_path), 1)
+        keeper = keeping.Keeper(str(tmp_path), 1)
+        starts = [await keeper.hello(0) for _ in range(keeping.MAX_STARTS + 1)]
+        other = keeping.Keeper(str(tmp_path), 1)
         for _ in range(5):
             assert await other.hello(0) > 0
             await other.ready(0)
@@ -73,7 +73,7 @@ def test_workers_that_never_get_ready_are_told_to_give_up(tmp_path):
 
 def test_with_the_last_slot_lost_waiting_and_later_trials_fail_at_once(tmp_path):
     async def story():
-        keeper = executor.Keeper(str(tmp_path), 2)
+        keeper = keeping.Keeper(str(tmp_path), 2)
         epoch = await keeper.hello(0)
         await keeper.submit("trial-0000", CONFIG, queued=True)
         await keeper.submit("trial-0001", CONFIG, queued=True)
@@ -95,9 +95,9 @@ def test_a_record_that_cannot_be_written_does_not_leave_its_driver_waiting(tmp_p
         raise OSError("no space left on device")
 
     async def story():
-        keeper = executor.Keeper(str(tmp_path), 1)
+        keeper = keeping.Keeper(str(tmp_path), 1)
         await keeper.submit("trial-0000", CONFIG, queued=False)
-        monkeypatch.setattr(executor, "save_record", full)
+        monkeypatch.setattr(keeping, "save_record", full)
         with pytest.raises(OSError, match="no space"):
             await keeper.fail("trial-0000", "why")
         return await ended(keeper, "trial-0000")

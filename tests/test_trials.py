@@ -132,8 +132,8 @@ def test_warm_failures_are_records_and_a_killed_worker_gives_its_trial_back(laun
     for name, content in events(handle, "trial-0002", to_dict(long)):  # noqa: B007
         if name == "snapshot" and not killed:
             killed = True
-            for process in psutil.process_iter(["cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()):
+            for process in psutil.Process().children(recursive=True):  # this test's own cluster, and no other
+                if "RayTrainWorker" in " ".join(process.cmdline()):
                     os.kill(process.pid, signal.SIGKILL)
     assert content["status"] == "finished"
     trials, _ = load_records(tmp_path)
