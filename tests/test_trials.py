@@ -90,12 +90,13 @@ def outcome(handle, trial: TrialConfig, name: str = "trial-0000"):
     return content
 
 
-def test_a_cold_trial_through_the_command_line(place, tmp_path, capsys, monkeypatch):
+def test_a_cold_zero_3_trial_on_two_workers_through_the_command_line(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
     config = tmp_path / "trial.yaml"
     config.write_text(json.dumps(to_dict(TRIAL)))
     argv = ["train", "--model", str(place / "model"), "--forget", str(place), "--retain", str(place), "--json"]
-    argv += ["--config", str(config), "--set", "zero_stage=3", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    argv += ["--config", str(config), "--set", "zero_stage=3", "--set", "batch_size=3", "--workers", "2"]
+    argv += ["--max-new-tokens", "4", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--debug"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "finished"
     (record,), _ = load_records(tmp_path / "out")
