@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def head(tmp_path_factory):
     for member in family:  # asked to stop, Ray takes half a minute over it
         member.kill()
     process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_submitted_job_runs_on_the_cluster(head, tmp_path):
