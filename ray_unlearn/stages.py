@@ -133,13 +133,18 @@ def merge(run: Run) -> None:
     searching.enqueue(
         study, searching.first_merges([c.scores.mia_auc or 0.0 for c in pool], plan.methods, plan.max_members)
     )
-    actors = _merge_actors(run, pool, missing)
+    inputs = [
+        ray.put(bench_spec(run)),
+        ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot}),
+    ]
+    actors = _merge_actors(run, missing)
+    threads = max(1, int(run.job.resources.cpus_per_worker))
     run.progress.start("merges", plan.candidates, len(done))
     try:
         searching.search_merges(
             study,
             [c.id for c in pool],
-            [actor.score.remote for actor in actors],
+            [lambda recipe, actor=actor: actor.score.remote(recipe, inputs, threads) for actor in actors],  # type: ignore[misc]
             functools.partial(_save_merge, run),
             missing=missing,
             methods=plan.methods,
@@ -152,19 +157,16 @@ def merge(run: Run) -> None:
             ray.kill(actor)
 
 
-def _merge_actors(run: Run, pool: Sequence[Candidate], missing: int) -> list[Any]:
-    """As many actors as trials run side by side, each with the base and the pool's members in memory."""
+def _merge_actors(run: Run, missing: int) -> list[Any]:
+    """As many actors as trials run side by side."""
     resources = run.job.resources
-    threads = max(1, int(resources.cpus_per_worker))
     actor = ray.remote(MergeActor).options(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         max_restarts=-1,
         max_task_retries=1,  # a recipe that kills its actor twice is a failed merge, not the end of the others
     )
-    spec = ray.put(bench_spec(run))
-    members = ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot})
-    return [actor.remote(spec, members, threads) for _ in range(min(resources.concurrency, missing))]
+    return [actor.remote() for _ in range(min(resources.concurrency, missing))]
 
 
 def _save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:

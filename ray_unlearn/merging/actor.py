@@ -12,7 +12,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.records import Scores
 from ray_unlearn.scoring import EvalSet, evaluate_model
 from ray_unlearn.tuning import Delta, deltas, dense
-from ray_unlearn.workbench import BenchSpec, open_bench, ray_device
+from ray_unlearn.workbench import open_bench, ray_device
 
 
 class Merger:
@@ -74,9 +74,17 @@ class Merger:
 class MergeActor:
     """A Merger in a Ray actor: base and members are loaded once, then one recipe after another."""
 
-    def __init__(self, spec: BenchSpec, members: Mapping[str, dict[str, bytes]], threads: int) -> None:
-        self.merger = Merger(open_bench(spec, ray_device(threads)), members)
+    def __init__(self) -> None:
+        self.merger: Merger | None = None
 
-    def score(self, recipe: MergeRecipe) -> Scores:
-        """The scores of a recipe's merge."""
+    def score(self, recipe: MergeRecipe, inputs: list[Any], threads: int) -> Scores:
+        """The scores of a recipe's merge. `inputs` are Ray references to a BenchSpec and to the members' files by name.
+
+        They come with every call, so that an actor that was started again loads them anew.
+        """
+        if self.merger is None:
+            import ray
+
+            spec, members = ray.get(inputs)
+            self.merger = Merger(open_bench(spec, ray_device(threads)), members)
         return self.merger.score(recipe)
