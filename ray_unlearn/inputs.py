@@ -65,13 +65,8 @@ def load_inputs(job: Job, benchmark: Path | None = None) -> Inputs:
         )
         for part in (0, 1)
     )
-    files = {
-        "forget": find_file(paths["forget"], "forget"),
-        "retain": find_file(paths["retain"], "retain"),
-        "mia_member": paths["mia_member"],
-        "mia_nonmember": paths["mia_nonmember"],
-    }
-    digests = {name: file_digest(path) for name, path in files.items()}
+    digests = {name: loaded.digest for name, loaded in pair.items()}
+    digests |= {name: file_digest(find_file(paths[name], "mia")) for name in ("mia_member", "mia_nonmember")}
     digests["mmlu"] = digest([file_digest(path) for path in sorted(paths["mmlu"].glob("*/*.csv"))])
     dropped = {name: loaded.dropped for name, loaded in pair.items()}
     return Inputs(forget=forget, retain=retain, search_set=search, final_set=final, digests=digests, dropped=dropped)

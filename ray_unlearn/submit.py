@@ -17,8 +17,6 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job, load_job
 from ray_unlearn.spaces import find_space
 
-WAIT_SECONDS = 3
-
 
 def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | None = None) -> int:
     """Submits the job, prints its log as it comes, and returns 0 if it succeeded, 1 if not.

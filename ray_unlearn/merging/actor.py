@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.records import Scores
-from ray_unlearn.scoring import EvalSet, evaluate_model
+from ray_unlearn.scoring import evaluate_model
 from ray_unlearn.tuning import Delta, deltas, dense
 from ray_unlearn.workbench import open_bench, ray_device
 
@@ -61,14 +61,14 @@ class Merger:
         """Merges and scores as a trial scores a snapshot, then restores the base."""
         try:
             self.merge(recipe)
-            return self.score_model()[0]
+            return self.score_model()
         finally:
             self.restore()
 
-    def score_model(self, eval_set: EvalSet | None = None) -> tuple[Scores, list[str]]:
-        """Scores and generations of the model as it stands, on the bench's data or another set."""
+    def score_model(self) -> Scores:
+        """Scores of the model as it stands, on the bench's data."""
         bench = self.bench
-        return evaluate_model(bench.model, bench.tokenizer, eval_set or bench.eval_set, bench.eval_settings)
+        return evaluate_model(bench.model, bench.tokenizer, bench.eval_set, bench.eval_settings)[0]
 
 
 class MergeActor:
