@@ -12,8 +12,8 @@ test: $(READY)           ## all tests, offline, no GPU
 	$(VENV)/bin/python -m pytest
 
 lint: $(READY)           ## style and types
-	$(VENV)/bin/ruff check ray_unlearn search_spaces tests
-	$(VENV)/bin/ruff format --check ray_unlearn search_spaces tests
+	$(VENV)/bin/ruff check ray_unlearn search_spaces tests benchmarks
+	$(VENV)/bin/ruff format --check ray_unlearn search_spaces tests benchmarks
 	$(VENV)/bin/mypy
 
 # torch first and by itself: resolved together with the rest, pip may fetch another build of it.

@@ -183,17 +183,30 @@ def _read_losses(path: Path) -> tuple[list[float], list[float]]:
 # -- one trial -----------------------------------------------------------------------------------
 
 
-def read_trial_config(recipe_name: str | None, config: str | None, overrides: Sequence[str]) -> TrialConfig:
-    """The configuration of a recipe or a YAML file, with overrides applied."""
+def read_trial_config(
+    recipe_name: str | None,
+    config: str | None,
+    overrides: Sequence[str],
+    geometry: Any = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> TrialConfig:
+    """The configuration of a recipe or a YAML file, with overrides applied; a recipe's is adapted to `geometry`."""
     from ray_unlearn.job import apply_override
-    from ray_unlearn.recipes import recipe
+    from ray_unlearn.recipes import recipe, scaled
 
     if (recipe_name is None) == (config is None):
         raise InputError("give either --recipe NAME or --config FILE.")
     if recipe_name is not None:
-        data = dict(recipe(recipe_name).config)
+        found = recipe(recipe_name)
+        found.trial()
+        data = dict(found.config)
+        if geometry is not None:
+            data, changed = scaled(found.config, found.model, geometry)
+            log(f"{recipe_name} scaled to the model: {'; '.join(changed) or 'nothing had to change'}")
     else:
         assert config is not None
+        if geometry is not None:
+            raise InputError("--scale-to-model goes with --recipe, which says what model it was made for.")
         try:
             data = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
         except FileNotFoundError as error:
@@ -216,6 +229,7 @@ def train(
     recipe: str | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
+    scale_to_model: bool = False,
     address: str | None = None,
     workers: int = 1,
     gpus_per_worker: float = 0,
@@ -226,11 +240,19 @@ def train(
 ) -> TrialRecord:
     """One trial through the same Ray Train and DeepSpeed path as in a search; records and snapshots go to `out`."""
     from ray_unlearn.cluster import cluster
+    from ray_unlearn.feed import check_rows
     from ray_unlearn.job import ResourcesPart
+    from ray_unlearn.models import empty_model
+    from ray_unlearn.recipes import Geometry
+    from ray_unlearn.tuning import check_tuning
 
-    trial = read_trial_config(recipe, config, overrides)
     check_model(model)
     data = eval_set(forget, retain, skip_bad_rows=skip_bad_rows)
+    shapes = empty_model(model)
+    here = Geometry(layers=shapes.config.num_hidden_layers, hidden=shapes.config.hidden_size, rows=len(data.forget))
+    trial = read_trial_config(recipe, config, overrides, here if scale_to_model else None, log)
+    check_tuning(shapes, trial)
+    check_rows(trial, data.forget)
     settings = EvalSettings(**(evaluation or {}))
     resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold", dashboard=False)
     run_dir = Path(out).expanduser().resolve()

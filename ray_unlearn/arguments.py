@@ -117,6 +117,11 @@ def _add_train(commands: Any) -> None:
     )
     _model_and_data(p)
     p.add_argument("--recipe", metavar="NAME", help="a published configuration (see: ray-unlearn recipes)")
+    p.add_argument(
+        "--scale-to-model",
+        action="store_true",
+        help="adapt the recipe's layers, learning rate and batch to a smaller model, and say what was changed",
+    )
     p.add_argument("--config", metavar="FILE", help="YAML mapping of trial settings")
     _set(p)
     p.add_argument("--address", metavar="RAY")

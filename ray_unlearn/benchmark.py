@@ -154,11 +154,30 @@ def make(settings: EmbeddedSettings) -> Embedded:
                     kind = "sc1" if index == 0 else f"qa{index - 1}"
                     name = f"{split[0]}{task[-1]}{number:03d}{kind}"
                     splits[split].append({"id": name, "input": start, "output": end, "task": task, "split": split})
+    _add_alternatives(splits["forget"], maker, settings.seed)
     nonmembers = [
         {"id": f"n{number:03d}", "document": " ".join(maker.entry()[0])} for number in range(settings.nonmembers)
     ]
     facts = _facts(maker, settings.facts + DEV_FACTS)
     return Embedded(splits["forget"], splits["retain"], nonmembers, facts[DEV_FACTS:], facts[:DEV_FACTS])
+
+
+def _add_alternatives(rows: list[Row], maker: _Maker, seed: int) -> None:
+    """Gives each row another answer of its kind: the same row of a document that nobody ever wrote.
+
+    They come from a stream of their own, so that everything else stays as it is without them.
+    """
+    other = _Maker(seed + 1_000_003)
+    other.cities = maker.cities
+    make = {"Task1": other.story, "Task2": other.biography, "Task3": other.entry}
+    document: list[tuple[str, str]] = []
+    for row in rows:
+        place = 0 if row["id"][:-1].endswith("sc") else int(row["id"][-1]) + 1
+        if place == 0:
+            document = make[row["task"]]()
+        while document[place][1] == row["output"]:
+            document = make[row["task"]]()
+        row["alternate"] = document[place][1]
 
 
 def _facts(maker: _Maker, count: int) -> list[Fact]:

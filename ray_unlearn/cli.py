@@ -96,6 +96,7 @@ def _train(a: argparse.Namespace) -> int:
         forget=a.forget,
         retain=a.retain,
         recipe=a.recipe,
+        scale_to_model=a.scale_to_model,
         config=a.config,
         overrides=a.set,
         out=a.out,
@@ -186,14 +187,17 @@ def _report(a: argparse.Namespace) -> int:
 
 def _methods(a: argparse.Namespace) -> int:
     from ray_unlearn.config import TrialConfig, to_dict
-    from ray_unlearn.losses import METHODS
+    from ray_unlearn.losses import METHODS, OPTIONS, parameters_of
 
     defaults = to_dict(TrialConfig())
     rows = [
         {
             "name": name,
             "formula": method.formula,
-            "parameters": {key: defaults[key] for key in (*method.parameters, "forget_on")},
+            "parameters": {
+                key: OPTIONS[key].default if key in OPTIONS else defaults[key] for key in parameters_of(name)
+            },
+            "meanings": {key: OPTIONS[key].meaning for key in parameters_of(name) if key in OPTIONS},
             "source": method.source,
         }
         for name, method in METHODS.items()
@@ -203,18 +207,20 @@ def _methods(a: argparse.Namespace) -> int:
 
 def _recipes(a: argparse.Namespace) -> int:
     from ray_unlearn.losses import METHODS
-    from ray_unlearn.recipes import RECIPES
+    from ray_unlearn.recipes import recipes
 
     rows = [
         {
             "name": name,
-            "formula": METHODS[recipe.config["method"]].formula,
-            "parameters": recipe.config,
+            "formula": METHODS[recipe.config["method"]].formula if recipe.config else "a merge of recipes' models",
+            "parameters": recipe.config or recipe.merge,
+            "system": recipe.system,
             "source": recipe.source,
+            "origin": recipe.origin,
             "notes": recipe.notes,
-            "unverified": list(recipe.unverified),
+            "unverified": recipe.unverified,
         }
-        for name, recipe in RECIPES.items()
+        for name, recipe in recipes().items()
     ]
     return _table(rows, a.json)
 
@@ -240,7 +246,7 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> int:
         return 0
     for row in rows:
         print(row["name"])
-        for key in ("formula", "parameters", "source", "notes", "unverified"):
+        for key in ("system", "formula", "parameters", "source", "notes", "unverified"):
             value = row.get(key)
             if value:
                 text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value

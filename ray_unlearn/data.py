@@ -21,6 +21,8 @@ from ray_unlearn.records import Example
 KINDS = ("sc", "qa")
 SHOWN_PROBLEMS = 20
 ROW_FIELDS = ("id", "input", "output", "task")
+ALTERNATE = "alternate"
+"""An optional column: another answer to the row, for methods that prefer it to the one to be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,14 @@ def kind_of(row: dict[str, Any]) -> str | None:
     return row["id"][:-1][-2:] if row["id"][:-1][-2:] in KINDS else None
 
 
+def _alternate_problem(row: dict[str, Any]) -> str | None:
+    """Why a row's alternative answer cannot be used, or None."""
+    if row.get(ALTERNATE) is None:
+        return None
+    problem = row_problem(row, (ALTERNATE,))
+    return problem or ("alternate is the output itself" if row[ALTERNATE] == row["output"] else None)
+
+
 @dataclass(frozen=True)
 class _Scanned:
     """A file's good rows with their numbers, and the problems of the others."""
@@ -145,7 +155,7 @@ def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
     for number, row in read_rows(path):
         problem = row_problem(row, fields)
         if problem is None and "input" in fields:
-            problem = kind_problem(row)
+            problem = kind_problem(row) or _alternate_problem(row)
         if problem is None and row["id"] in seen:
             problem = f"id {row['id']!r} is already used in row {seen[row['id']]}"
         if problem:
@@ -214,7 +224,9 @@ def _content(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    return Example(id=row["id"], input=row["input"], output=row["output"], task=row["task"], kind=kind_of(row) or "")
+    kind = kind_of(row) or ""
+    other = row.get(ALTERNATE)
+    return Example(id=row["id"], input=row["input"], output=row["output"], task=row["task"], kind=kind, alternate=other)
 
 
 def load_documents(path: str | Path, skip_bad: bool = False) -> list[str]:
@@ -359,8 +371,10 @@ class Batch:
     """[B, T-1] whether token t + 1 is a token at all."""
 
     def mask(self, on: str) -> Tensor:
-        """The mask named `answer` or `document`."""
-        return self.answer if on == "answer" else self.document
+        """[B, T-1] by name: `answer`, `prompt`, `document` (both), or `all`, which padding is part of."""
+        if on == "prompt":
+            return self.document & ~self.answer
+        return {"answer": self.answer, "document": self.document, "all": torch.ones_like(self.document)}[on]
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:

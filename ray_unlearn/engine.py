@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # rows are dealt by the schedule; DeepSpeed only needs a number
         "gradient_accumulation_steps": config.micro_batches,
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": config.max_grad_norm or 0.0,  # 0 is DeepSpeed's never
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -49,7 +49,7 @@ class Engine:
             dist_init_required=False,
         )
         self.module: Any = self.engine.module
-        self._parameters = parameters
+        self.parameters = parameters
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +76,23 @@ class Engine:
         return norm
 
     def _stage_0_norm(self) -> float:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor's mean over ranks."""
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if world > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+                tensor /= world
+        return list(tensors)
+
+    def mask(self, masks: Sequence[Tensor]) -> None:
+        """Multiplies the gradients, in the order of `parameters`; stage 0, between backward and step."""
+        for parameter, mask in zip(self.parameters, masks, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
 
     def reset_optimizer(self) -> None:
         """Forgets the optimiser's moments, as a new optimiser on the same weights would."""

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class TrainWorker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.keeper, self.slot, self.trial_id = keeper, slot, ""
+        self.known: dict[str, Any] = {}
 
     def gather(self, items: list[Any]) -> list[Any]:
         if self.world == 1:
@@ -74,6 +75,16 @@ class TrainWorker:
     def post(self, event: str, **content: Any) -> None:
         if self.rank == 0:
             ray.get(self.keeper.post.remote(self.slot, self.trial_id, event, content))
+
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            found = ray.get(self.keeper.shared.remote(name))
+            if found is None:
+                found = make()
+                # By value: an object that this worker owned would end with it, and a cold trial's workers end.
+                ray.get(self.keeper.share.remote(name, found))
+            self.known[name] = found
+        return self.known[name]
 
 
 def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], bench: Any) -> None:

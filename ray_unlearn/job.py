@@ -12,17 +12,19 @@ from typing import Any
 import yaml
 
 from ray_unlearn.benchmark import EmbeddedSettings
-from ray_unlearn.config import TrialConfig, from_dict, one_of, require
+from ray_unlearn.config import TrialConfig, from_dict, one_of, require, to_dict
 from ray_unlearn.errors import InputError
+from ray_unlearn.losses import OPTIONS
 from ray_unlearn.merging import MERGES
 from ray_unlearn.models import DTYPES
-from ray_unlearn.recipes import RECIPES, recipe
+from ray_unlearn.recipes import recipe, recipes
 from ray_unlearn.scoring import EvalSettings
 
 VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
-RECIPE_KEYS = (
-    "forget_weight retain_weight kl_weight npo_beta npo_ratio forget_on epochs schedule chunk_size tuning lora_rank"
-).split()
+RECIPE_KEYS = [
+    *"forget_weight retain_weight kl_weight forget_on kl_on epochs schedule chunk_size tuning lora_rank".split(),
+    *OPTIONS,
+]
 """What a recipe says as a first point. Learning rate and batch depend on the model's size: the space says those."""
 
 
@@ -165,6 +167,27 @@ class MergePart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparisonPart:
+    """Published recipes side by side, in place of a search."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Names of recipes, or `all`; empty for a search."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each recipe is run with each of them."""
+    scale_to_model: bool = False
+    """Whether layers, learning rate and batch are adapted to the model; what was changed is in the table."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "comparison.seeds is empty; give at least one.")
+        for name in self.names():
+            recipe(name)
+
+    def names(self) -> list[str]:
+        """The recipes' names in order."""
+        return list(recipes()) if self.recipes == ["all"] else self.recipes
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectionPart:
     """How the delivered model is chosen."""
 
@@ -189,6 +212,7 @@ class Job:
     search: SearchPart = field(default_factory=SearchPart)
     resources: ResourcesPart = field(default_factory=ResourcesPart)
     merge: MergePart = field(default_factory=MergePart)
+    comparison: ComparisonPart = field(default_factory=ComparisonPart)
     selection: SelectionPart = field(default_factory=SelectionPart)
 
     def __post_init__(self) -> None:
@@ -208,7 +232,8 @@ class Job:
         assert self.eval_settings
         for name in self.merge.methods:
             one_of("merge.methods", name, tuple(MERGES))
-        from_dict(TrialConfig, self.search.fixed, "search.fixed")
+        shared = {key: value for key, value in self.search.fixed.items() if key not in OPTIONS}
+        from_dict(TrialConfig, shared, "search.fixed")  # a method's own parameters are checked with the method
         self.first_points()
 
     @property
@@ -263,19 +288,26 @@ class Job:
         )
         require(bool(merge.methods), "merge.methods is empty; name at least one: " + ", ".join(MERGES))
 
+    @property
+    def trials(self) -> int:
+        """Trials that the job makes: the search's budget, or each recipe of a comparison with each seed."""
+        names = [name for name in self.comparison.names() if recipe(name).config]
+        return len(names) * len(self.comparison.seeds) if names else self.search.trials
+
     def first_points(self) -> list[FirstPoint]:
         """The first points as mappings of searched parameters; recipe names are looked up."""
         points: list[FirstPoint] = []
         for point in self.search.first_points:
             if isinstance(point, str):
-                config = recipe(point).config
-                chosen = {key: config[key] for key in RECIPE_KEYS if key in config}
+                config = to_dict(recipe(point).trial())
+                config |= config["options"]
+                chosen = {key: config[key] for key in RECIPE_KEYS if key in recipe(point).config}
                 points.append(FirstPoint({"space": config["method"], **chosen}, point))
             elif isinstance(point, dict):
                 points.append(FirstPoint(point, None))
             else:
                 raise InputError(
-                    f"search.first_points takes recipe names ({', '.join(sorted(RECIPES))}) or mappings, got {point!r}."
+                    f"search.first_points takes recipe names ({', '.join(recipes())}) or mappings, got {point!r}."
                 )
         return points
 

@@ -31,6 +31,15 @@ class Keeper:
         self.starts: dict[int, int] = {}
         self.lost: dict[int, str] = {}
         self.closed = False
+        self.common: dict[str, Any] = {}
+
+    async def shared(self, name: str) -> Any:
+        """What a worker has shared under that name, or None."""
+        return self.common.get(name)
+
+    async def share(self, name: str, value: Any) -> None:
+        """Keeps a value for all later trials; the first one stays."""
+        self.common.setdefault(name, value)
 
     async def submit(self, trial_id: str, config: dict[str, Any], queued: bool) -> None:
         """Announces a trial; a queued one waits for a warm worker."""

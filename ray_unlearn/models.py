@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +155,38 @@ def publish(temporary: Path, directory: Path) -> None:
 def context_length(model: Any, default: int = 2048) -> int:
     """Positions that the model was made for."""
     return int(getattr(model.config, "max_position_embeddings", None) or default)
+
+
+def layer_prefix(model: Any) -> str:
+    """The name of the list of decoder layers, `model.layers` in most families."""
+    from torch.nn import ModuleList
+
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, ModuleList) and len(module) == count:
+            return name.removeprefix("base_model.model.")
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; layers cannot be named in it.")
+
+
+def check_layers(model: Any, layers: Sequence[int], what: str) -> None:
+    """Refuses a layer index that the model does not have."""
+    count = model.config.num_hidden_layers
+    beyond = [layer for layer in layers if not 0 <= layer < count]
+    if beyond:
+        raise InputError(
+            f"{what} names layer {beyond[0]}, and the model has layers 0 to {count - 1}. A recipe for a larger model "
+            "is adapted by --scale-to-model."
+        )
+
+
+def find_layer(model: Any, layer: int | str) -> str:
+    """The whole name of a decoder layer by its index, or of the one module that a regular expression matches."""
+    if isinstance(layer, int):
+        check_layers(model, [layer], "rmu_layer")
+        return f"{layer_prefix(model)}.{layer}"
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
+    found = [name for name in names if re.fullmatch(layer, name)]
+    if len(found) != 1:
+        what = f"matches {len(found)} modules, first {found[:2]}" if found else "matches no module"
+        raise InputError(f"rmu_layer {layer!r} {what}; the decoder layers are {layer_prefix(model)}.0 and so on.")
+    return found[0]

@@ -8,13 +8,14 @@ from typing import Any
 
 from ray_unlearn.cluster import cluster
 from ray_unlearn.config import from_dict
+from ray_unlearn.feed import check_rows
 from ray_unlearn.inputs import Inputs, load_inputs
 from ray_unlearn.job import Job, load_job
 from ray_unlearn.models import check_model
 from ray_unlearn.progress import Progress
 from ray_unlearn.records import Scores
 from ray_unlearn.report import write_report
-from ray_unlearn.rundir import Run, check_disk, check_storage, claim, stage, write_job, write_summary
+from ray_unlearn.rundir import Run, check_storage, check_trials, claim, stage, write_job, write_summary
 from ray_unlearn.spaces import Space, load_space
 from ray_unlearn.target import job_target
 
@@ -47,8 +48,14 @@ def run(
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
     configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     inputs, model_path, reference_path = _inputs_and_target(job, out, progress)
+    if job.comparison.recipes:
+        from ray_unlearn import comparison
+
+        configs = comparison.configs(comparison.entries(job, model_path, len(inputs.forget)))
+    for config in configs:
+        check_rows(config, inputs.forget)
     identity = write_job(out, job, inputs, texts)
-    check_disk(out, job, model_path, configs)
+    check_trials(out, job, model_path, configs)
     with cluster(address, job.resources) as started_here:
         shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage
         check_storage(job, shared)
@@ -100,7 +107,12 @@ def _stages(state: Run, space: Space, points: list[dict[str, Any]]) -> str | Non
     with stage(state.dir, "baseline"):
         state.baseline = stages.baseline(state)
     with stage(state.dir, "search"):
-        stages.search(state, space, points)
+        if state.job.comparison.recipes:
+            from ray_unlearn import comparison
+
+            comparison.compare(state)
+        else:
+            stages.search(state, space, points)
     with stage(state.dir, "merge"):
         stages.merge(state)
     with stage(state.dir, "selection"):

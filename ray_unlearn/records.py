@@ -26,6 +26,8 @@ class Example:
     output: str
     task: str
     kind: str
+    alternate: str | None = None
+    """Another answer, in data made for methods that prefer it to the one to be forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True)

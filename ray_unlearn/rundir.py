@@ -96,13 +96,16 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
     return str(stated["run_id"])
 
 
-def check_disk(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
-    """Refuses a run whose missing snapshots and outputs may not fit on the disk, with the arithmetic."""
+def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
+    """Refuses trials that name layers which the model does not have, and a run whose missing snapshots and outputs
+    may not fit on the disk, with the arithmetic."""
     from ray_unlearn.models import empty_model
-    from ray_unlearn.tuning import snapshot_bytes
+    from ray_unlearn.tuning import check_tuning, snapshot_bytes
 
-    trials = max(0, job.search.trials - len(load_records(out)[0]))
+    trials = max(0, job.trials - len(load_records(out)[0]))
     model = empty_model(model_path)
+    for config in configs:
+        check_tuning(model, config)
     model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max(snapshot_bytes(model, config) for config in configs)
     count = trials * max(config.snapshots for config in configs)

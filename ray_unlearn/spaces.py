@@ -9,9 +9,13 @@ from typing import Any
 
 from ray_unlearn.config import TrialConfig, from_dict
 from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.losses import METHODS, OPTIONS, options_of
 
 Space = Callable[[Any], dict[str, Any]]
 SAMPLES_CHECKED = 32
+COMPOSITE = "composite"
+NEEDS_MORE_DATA = ("alt_po",)
+"""Spaces that the composite one leaves out: their rows need a column that most data lack."""
 
 
 def shipped(folder: str) -> Path:
@@ -64,8 +68,11 @@ def load_space(
     """One space made of several files, and their texts. With more than one, which it is is itself a choice.
 
     `ranges` of the job replace the bounds or choices of searched parameters by name; `fixed` values
-    overrule what a space returns.
+    overrule what a space returns, a method's own parameters only where the method has them. The name
+    `composite` stands for all shipped spaces: the method is a choice like any other.
     """
+    if COMPOSITE in names:
+        names = [name for name in known_spaces() if name not in NEEDS_MORE_DATA]
     if not names:
         raise InputError("search.spaces is empty; name at least one: " + ", ".join(known_spaces()))
     paths = {name: find_space(name) for name in names}
@@ -85,7 +92,8 @@ def load_space(
         returned = functions[name](_Narrowed(trial, ranges or {}))
         if not isinstance(returned, dict):
             raise InputError(f"the search space {name} must return a dict of TrialConfig fields, got {returned!r}.")
-        return {**returned, **fixed}
+        own = options_of(returned["method"]) if returned.get("method") in METHODS else ()
+        return {**returned, **{key: value for key, value in fixed.items() if key not in OPTIONS or key in own}}
 
     return space, {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 

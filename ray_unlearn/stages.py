@@ -145,7 +145,7 @@ def merge(run: Run) -> None:
             study,
             [c.id for c in pool],
             [lambda recipe, actor=actor: actor.score.remote(recipe, inputs, threads) for actor in actors],  # type: ignore[misc]
-            functools.partial(_save_merge, run),
+            functools.partial(save_merge, run),
             missing=missing,
             methods=plan.methods,
             max_members=plan.max_members,
@@ -169,7 +169,8 @@ def _merge_actors(run: Run, missing: int) -> list[Any]:
     return [actor.remote() for _ in range(min(resources.concurrency, missing))]
 
 
-def _save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
+def save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
+    """Writes a merge's record and says how it went."""
     record = MergeRecord(
         id=name,
         status="finished" if scores else "failed",

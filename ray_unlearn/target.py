@@ -24,6 +24,8 @@ from ray_unlearn.records import Example, claim_directory, write_json
 
 Log = Callable[[str], None]
 TARGET_FILE = "target.json"
+EMBEDDED_FORMAT = 2
+"""Goes up when the embedded benchmark's files change under the same settings, so that no old cache is taken."""
 
 
 def fit(
@@ -87,7 +89,7 @@ def build_embedded(directory: Path, settings: EmbeddedSettings, log: Log = lambd
 
     Returns that folder. Its settings.json is written last: a folder that has one is complete.
     """
-    place = directory / f"embedded-{digest(settings)}"
+    place = directory / f"embedded-{digest(dict(settings.__dict__) | {'format': EMBEDDED_FORMAT})}"
     if (place / "settings.json").exists():
         log(f"embedded benchmark: cached in {place}")
         return place

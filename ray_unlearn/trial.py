@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.config import TrialConfig
-from ray_unlearn.data import Batch, Encoded, collate, cut, encode
+from ray_unlearn.data import Encoded
 from ray_unlearn.engine import Engine
-from ray_unlearn.losses import LOSSES, METHODS, RETAIN_TERMS
+from ray_unlearn.feed import Feed, Unit, alike, make_feed
+from ray_unlearn.masks import memflex_mask, sure_mask
 from ray_unlearn.models import context_length
+from ray_unlearn.objective import Objective, Row, StepLoss
 from ray_unlearn.records import Example, Scores
 from ray_unlearn.schedule import Step, plan, snapshot_steps
 from ray_unlearn.scoring import EvalSet, EvalSettings, Shard, evaluate_model
@@ -46,6 +49,9 @@ class Worker(Protocol):
     def post(self, event: str, **content: Any) -> None:
         """An event to the record's keeper; only rank 0's count."""
 
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the search shares under that name; made here when nobody has made it."""
+
 
 @dataclass(kw_only=True)
 class Bench:
@@ -62,13 +68,15 @@ class Bench:
     """The utility under which a candidate is not feasible (absolute, not a share)."""
     _encoded: dict[Any, list[Encoded]] = field(default_factory=dict)
 
-    def rows(self, split: str, eos: bool, max_length: int | None) -> list[Encoded]:
-        """The tokenised rows of a split, made once for each way of tokenising."""
-        limit = min(max_length or 10**9, context_length(self.model))
-        key = (split, eos, limit)
+    @property
+    def limit(self) -> int:
+        """Tokens that the model can take."""
+        return context_length(self.model)
+
+    def encoded(self, key: Any, make: Callable[[], list[Encoded]]) -> list[Encoded]:
+        """Tokenised rows, made once for each way of tokenising."""
         if key not in self._encoded:
-            examples = self.forget if split == "forget" else self.retain
-            self._encoded[key] = [cut(encode(self.tokenizer, e.input, e.output, eos), limit) for e in examples]
+            self._encoded[key] = make()
         return self._encoded[key]
 
 
@@ -77,24 +85,26 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
     began = time.monotonic()
     random.seed(config.seed)
     torch.manual_seed(config.seed + worker.rank)
-    forget = bench.rows("forget", config.forget_eos, config.max_length)
-    retain = bench.rows("retain", True, config.max_length)
-    feed = _Feed(forget, retain, bench.tokenizer.pad_token_id)
-    steps = plan(config, len(forget), len(retain))
+    feed = make_feed(config, bench.forget, bench.retain, bench, worker.shared)
+    steps = plan(config, len(feed.forget), len(feed.retain))
     marks = set(snapshot_steps(steps, config.snapshots))
     tuned = Tuned(bench.model, config)
     engine = None
     try:
+        objective = Objective(config, tuned, bench.tokenizer.pad_token_id, [row.task for (row, *_) in feed.forget])
         engine = Engine(tuned.model, config, bench.dtype)
         course = _Course(config, worker, began)
         for index, step in enumerate(steps):
             if step.fresh_optimizer and index > 0:
                 engine.reset_optimizer()
-            parts, tokens = _train_step(engine, tuned, config, step, feed, worker)
+            if index == 0 or step.epoch != steps[index - 1].epoch:
+                objective.begin_epoch(engine, _epoch_rows(steps[index:], feed))
+            parts, tokens = _train_step(engine, objective, step, feed, worker)
             problem = next((f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)), None)
             if worker.agree(0.0 if problem else 1.0) < 1.0:
                 worker.post("ended", status="failed", reason=f"step {index + 1}: {problem or 'a rank diverged'}")
                 return
+            objective.update(step.epoch, parts)
             course.add(index, parts, tokens)
             if index in marks:
                 scores = _snapshot(engine, tuned, bench, worker, index, step, course)
@@ -110,22 +120,14 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
         tuned.release()
 
 
-@dataclass(frozen=True)
-class _Feed:
-    """The tokenised rows that a trial's steps name by index."""
-
-    forget: Sequence[Encoded]
-    retain: Sequence[Encoded]
-    pad_id: int
-
-    def rows(self, step: Step, slot: int, slots: int) -> list[tuple[str, Encoded]]:
-        """One slot's share of a step's rows, forget rows first; every slots-th of each."""
-        forget = [("forget", self.forget[i]) for i in step.forget[slot::slots]]
-        return forget + [("retain", self.retain[i]) for i in step.retain[slot::slots]]
+def _epoch_rows(steps: Sequence[Step], feed: Feed) -> list[Row]:
+    """The forget rows of the epoch that begins with the first of these steps, in order."""
+    mine = itertools.takewhile(lambda step: step.epoch == steps[0].epoch, steps)
+    return [feed.forget[i][0] for step in mine for i in step.forget]
 
 
 def _train_step(
-    engine: Engine, tuned: Tuned, config: TrialConfig, step: Step, feed: _Feed, worker: Worker
+    engine: Engine, objective: Objective, step: Step, feed: Feed, worker: Worker
 ) -> tuple[dict[str, float], int]:
     """One optimiser step over this rank's share of the step's rows; returns loss parts and tokens seen.
 
@@ -133,20 +135,22 @@ def _train_step(
     DeepSpeed takes, is the mean over all the step's rows, however they fall on the ranks.
     """
     engine.module.train()
+    config = objective.config
     shares = worker.world * config.micro_batches
+    saliency = _Saliency(engine, config)
     totals: dict[str, float] = {}
     tokens, norm = 0, None
     for micro in range(config.micro_batches):
-        rows = feed.rows(step, worker.rank * config.micro_batches + micro, shares)
-        loss, parts = torch.zeros((), device=engine.device), {"loss": 0.0}
-        for group in _alike(rows, engine.stage):
-            part, shown = _group_loss(engine, tuned, config, step, group, shares, feed)
-            loss, parts = loss + part, {**parts, **{name: parts.get(name, 0.0) + shown[name] for name in shown}}
-        totals = {**totals, **{name: totals.get(name, 0.0) + parts[name] / shares for name in parts}}
-        tokens += sum(len(row.ids) for _, row in rows)
-        if worker.agree(1.0 if math.isfinite(sum(parts.values())) else 0.0) < 1.0:
-            return {**totals, "loss": parts["loss"]}, tokens  # the weights must not see a non-finite gradient
-        engine.backward(loss)
+        units = feed.units(step, worker.rank * config.micro_batches + micro, shares)
+        loss = _share_loss(engine, objective, step, feed, units, shares)
+        totals = {**totals, **{name: totals.get(name, 0.0) + loss.shown[name] / shares for name in loss.shown}}
+        tokens += sum(len(row.tokens.ids) for unit in units for row in unit)
+        if worker.agree(1.0 if math.isfinite(sum(loss.shown.values())) else 0.0) < 1.0:
+            return {**totals, "loss": loss.shown["loss"]}, tokens  # the weights must not see a non-finite gradient
+        saliency.add(loss.by_split)
+        engine.backward(loss.total)
+        if micro + 1 == config.micro_batches:
+            saliency.apply()
         norm = engine.step(step.learning_rate)
     gathered = worker.gather([(totals, tokens)])
     names = sorted({name for part, _ in gathered for name in part})
@@ -154,137 +158,58 @@ def _train_step(
     return {**summed, "grad_norm": norm or 0.0}, sum(count for _, count in gathered)
 
 
-def _alike(rows: Sequence[tuple[str, Encoded]], stage: int) -> list[list[tuple[str, Encoded]]]:
-    """Rows in groups whose longest is less than twice the shortest, so that padding is less than half.
-
-    Each group is a forward pass of its own, and one backward pass follows them all. In stage 3,
-    where the ranks' passes must match one to one, the rows stay together; no rows are one idle group.
-    """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][1].ids), i))
-    groups: list[list[int]] = [order[:1]]
-    for index in order[1:]:
-        if stage < 3 and len(rows[index][1].ids) >= 2 * len(rows[groups[-1][0]][1].ids):
-            groups.append([])
-        groups[-1].append(index)
-    return [[rows[index] for index in sorted(group)] for group in groups]  # sorted: forget rows stay first
-
-
-def _group_loss(
-    engine: Engine,
-    tuned: Tuned,
-    config: TrialConfig,
-    step: Step,
-    rows: Sequence[tuple[str, Encoded]],
-    shares: int,
-    feed: _Feed,
-) -> tuple[Tensor, dict[str, float]]:
-    """step_loss of some of a step's rows, weighted by their part in the step; without rows, an idle pass."""
-    count = sum(split == "forget" for split, _ in rows)
-    weights = (
-        count * shares / max(1, len(step.forget)),
-        (len(rows) - count) * shares / max(1, len(step.retain)),
-    )
-    batch = collate([row for _, row in rows] or [feed.retain[0]], feed.pad_id, engine.device)
-    reference = None
-    if engine.stage == 3:  # the reference pass is a collective there: all ranks take it or none
-        reference = METHODS[config.method].needs_reference(bool(step.forget), bool(step.retain))
-    return step_loss(
-        engine,
-        tuned,
-        config,
-        batch,
-        count,
-        weights,
-        idle=not rows,
-        repair=not step.forget,
-        reference=reference,
+def _share_loss(
+    engine: Engine, objective: Objective, step: Step, feed: Feed, units: Sequence[Unit], shares: int
+) -> StepLoss:
+    """The loss of a share of a step's rows, in groups of like length; without rows, of one that weighs nothing."""
+    collective = engine.stage == 3
+    terms = objective.terms(bool(step.forget), bool(step.retain), repair=not step.forget)
+    sizes = {"forget": len(step.forget), "retain": len(step.retain)}
+    parts = []
+    for rows in alike(units, together=collective or objective.pools):
+        counts = {split: sum(row.split == split for row in rows) for split in sizes}
+        weights = {split: counts[split] * shares / max(1, size) for split, size in sizes.items()}
+        parts.append(objective.loss(engine, rows or feed.retain[0], weights, terms, collective=collective))
+    names = sorted({name for part in parts for name in part.shown})
+    return StepLoss(
+        total=torch.stack([part.total for part in parts]).sum(),
+        shown={name: sum(part.shown.get(name, 0.0) for part in parts) for name in names},
+        by_split={split: torch.stack([part.by_split[split] for part in parts]).sum() for split in sizes},
     )
 
 
-def step_loss(
-    engine: Any,
-    tuned: Tuned,
-    config: TrialConfig,
-    batch: Batch,
-    num_forget: int,
-    weights: tuple[float, ...],
-    *,
-    idle: bool = False,
-    repair: bool = False,
-    reference: bool | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """The weighted loss of a batch whose first `num_forget` rows are forget rows, and its parts.
+class _Saliency:
+    """Gradients of the forget and the retain loss apart, over a step's micro-batches, and the mask they make.
 
-    `weights` are the batch's shares of the step's forget and retain rows. `repair` marks a step of
-    the second phase: it descends on retain rows under any method, by cross-entropy where the method
-    has no retain terms of its own. `idle` marks a dummy batch that takes part in the collective
-    passes and weighs nothing; `reference` says whether the reference pass is one of them.
+    They are taken beside `.grad`, never in it: an accumulated gradient would hold both.
     """
-    method = METHODS[config.method]
-    num_retain = len(batch.ids) - num_forget
-    if reference is None:
-        reference = method.needs_reference(num_forget > 0, num_retain > 0)
-    tensors = {"logits": engine(**_inputs(batch)).logits[:, :-1].float()}
-    if reference:
-        with tuned.reference(engine.module) as model:
-            tensors["ref_logits"] = model(**_inputs(batch)).logits[:, :-1].float()
-    loss = tensors["logits"].sum() * 0.0
-    if idle:
-        return loss, {"loss": 0.0}
-    terms = _terms(config, num_forget, num_retain, repair)
-    for name in ("logps", "ref_logps"):
-        if any(name in LOSSES[term.loss].tensors for term in terms):
-            tensors[name] = token_logps(tensors[name.replace("logps", "logits")], batch.ids)
-    shown: dict[str, float] = {}
-    for term in terms:
-        value = weights[term.part != "forget"] * _value(term, config, tensors, batch)
-        loss = loss + term.weight * value
-        shown[term.part] = float(value.detach())
-    return loss, {"loss": float(loss.detach()), **shown}
 
+    def __init__(self, engine: Engine, config: TrialConfig) -> None:
+        self.engine, self.config = engine, config
+        self.splits = {"none": (), "sure": ("forget",), "memflex": ("forget", "retain")}[config.gradient_mask]
+        self.gradients: dict[str, list[Tensor]] = {}
 
-@dataclass(frozen=True)
-class _Term:
-    """One summand of a step's loss: a loss of the table, on some rows, under the name it has in the course."""
+    def add(self, by_split: dict[str, Tensor]) -> None:
+        """Adds one micro-batch's gradients; the graph stays for the backward pass."""
+        for split in self.splits:
+            new = torch.autograd.grad(
+                by_split[split], self.engine.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            known = self.gradients.get(split)
+            self.gradients[split] = list(new) if known is None else [a + b for a, b in zip(known, new, strict=True)]
 
-    part: str
-    loss: str
-    weight: float
-    rows: slice
-    on: str
-
-
-def _terms(config: TrialConfig, num_forget: int, num_retain: int, repair: bool) -> list[_Term]:
-    """The summands for a batch whose first rows are forget rows and whose others are retain rows."""
-    method, found = METHODS[config.method], []
-    if num_forget:
-        forget_rows = slice(0, num_forget)
-        found.append(_Term("forget", method.forget, config.forget_weight, forget_rows, config.forget_on))
-    if num_retain:
-        retain_rows = slice(num_forget, None)
-        for name in method.retain:
-            part, weight = RETAIN_TERMS[name]
-            found.append(_Term(part, name, getattr(config, weight), retain_rows, config.retain_on))
-        if repair and not method.retain:
-            found.append(_Term("retain", "cross_entropy", 1.0, retain_rows, config.retain_on))
-    return found
-
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False}
-
-
-def _value(term: _Term, config: TrialConfig, tensors: dict[str, Tensor], batch: Batch) -> Tensor:
-    """A summand's loss, called with the tensors and options that its row of the table names."""
-    loss = LOSSES[term.loss]
-    given = {**tensors, "mask": batch.mask("document" if loss.whole_document else term.on)}
-    options = {argument: getattr(config, key) for argument, key in loss.options.items()}
-    return loss.compute(*(given[name][term.rows] for name in loss.tensors), **options)
-
-
-def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """(logits [B,T-1,V], ids [B,T]) -> [B,T-1]: log-probability of each next token."""
-    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    def apply(self) -> None:
+        """Keeps of the step's gradients what the mask lets through; a repair step is not masked."""
+        if not self.splits or not any(bool(gradient.any()) for gradient in self.gradients["forget"]):
+            return
+        averaged = {split: self.engine.average(gradients) for split, gradients in self.gradients.items()}
+        if self.config.gradient_mask == "sure":
+            masks = sure_mask(averaged["forget"], self.config.mask_percentile)
+        else:
+            masks = memflex_mask(
+                averaged["forget"], averaged["retain"], self.config.mask_cosine, self.config.mask_percentile
+            )
+        self.engine.mask(masks)
 
 
 def _snapshot(
@@ -293,8 +218,9 @@ def _snapshot(
     """Scores the model as it is, keeps its weights, and reports both."""
     # In stage 3 every forward pass is a collective, so all ranks walk through all rows together.
     shard = Shard(worker.rank, worker.world, worker.gather) if engine.stage < 3 else Shard()
-    scores, _ = evaluate_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
-    weights = engine.weights(tuned.trainable)
+    with tuned.delivered(engine.module):
+        scores, _ = evaluate_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
+        weights = engine.weights(tuned.trainable)
     files = tuned.files(weights) if worker.rank == 0 else {}
     metrics = {
         **course.latest(),

@@ -9,7 +9,7 @@ def space(trial):
         "tuning": tuning,
         "schedule": schedule,
         "forget_on": trial.suggest_categorical("forget_on", ["document", "answer"]),
-        "npo_ratio": trial.suggest_categorical("npo_ratio", ["sum", "mean"]),
+        "npo_ratio": trial.suggest_categorical("npo_ratio", ["sum", "mean", "batch", "token"]),
         "npo_beta": trial.suggest_float("npo_beta", 0.01, 1.0, log=True),
         "forget_weight": trial.suggest_float("forget_weight", 0.05, 2.0, log=True),
         "kl_weight": trial.suggest_float("kl_weight", 0.3, 10.0, log=True),

@@ -195,15 +195,15 @@ def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeyp
     from ray_unlearn.config import TrialConfig, from_dict
     from ray_unlearn.errors import InputError
     from ray_unlearn.job import Job
-    from ray_unlearn.rundir import check_disk
+    from ray_unlearn.rundir import check_trials
 
     job = from_dict(Job, small_job(tmp_path))
     configs = [TrialConfig(snapshots=2), TrialConfig(snapshots=5, tuning="full")]
-    check_disk(tmp_path, job, str(files / "model"), configs)
+    check_trials(tmp_path, job, str(files / "model"), configs)
     (tmp_path / "records").mkdir()
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(InputError, match=r"0\.00 GiB free.*15 snapshots of up to 0\.\d MiB"):
-        check_disk(tmp_path, job, str(files / "model"), configs)
+        check_trials(tmp_path, job, str(files / "model"), configs)
 
 
 def test_train_needs_one_configuration_and_known_names(files, tmp_path, capsys):

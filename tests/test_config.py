@@ -1,4 +1,4 @@
-"""Strict configuration: round trips, refusals, digests, recipes, search spaces, jobs and their overrides."""
+"""Strict configuration: round trips, refusals, digests, jobs and their overrides."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_spaces import sampled
 
 from ray_unlearn.config import TrialConfig, digest, from_dict, to_dict
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job, apply_override, differences, load_job
-from ray_unlearn.losses import METHODS
-from ray_unlearn.recipes import RECIPES, recipe
-from ray_unlearn.schedule import plan
+from ray_unlearn.losses import OPTIONS
+from ray_unlearn.schedule import SCHEDULES
 from ray_unlearn.search import check_space
-from ray_unlearn.spaces import find_space, known_spaces, load_space, shipped, trial_config
+from ray_unlearn.spaces import load_space, shipped, trial_config
 
 CHANGED = {
     "method": "npo",
@@ -26,14 +26,17 @@ CHANGED = {
     "kl_weight": 0.5,
     "forget_on": "document",
     "retain_on": "document",
-    "ascent_bound": 3.0,
-    "npo_beta": 0.2,
-    "npo_ratio": "mean",
+    "kl_on": "answer",
+    "options": {"npo_beta": 0.2},
+    "negation": 2.0,
     "schedule": "sugd",
     "epochs": 6,
     "batch_size": 9,
     "retain_per_forget": 2,
     "chunk_size": 33,
+    "anneal_every": 2,
+    "anneal_fraction": 0.5,
+    "anneal_finally": False,
     "repair_epochs": 3,
     "repair_scale": 0.5,
     "micro_batches": 2,
@@ -43,8 +46,16 @@ CHANGED = {
     "weight_decay": 0.1,
     "max_grad_norm": 2.0,
     "tuning": "full",
+    "train_modules": "mlp",
+    "train_layers": [0, 2],
+    "last_layers": 3,
+    "gradient_mask": "sure",
+    "mask_percentile": 90.0,
+    "mask_cosine": 0.5,
     "lora_rank": 17,
     "lora_alpha": 8.0,
+    "lora_rslora": True,
+    "lora_init": "xavier",
     "lora_dropout": 0.1,
     "lora_targets": ["q_proj", "v_proj"],
     "forget_eos": True,
@@ -54,13 +65,18 @@ CHANGED = {
     "max_seconds": 9.5,
     "seed": 1,
 }
+TOGETHER = {"train_modules": {"tuning": "full"}}
+"""Fields that go only with another value of one more field."""
+WHOLE = {name: value for name, value in CHANGED.items() if name not in ("last_layers", "gradient_mask")}
 FIELDS = [field.name for field in dataclasses.fields(TrialConfig)]
 
 
 # -- TrialConfig -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [{}, CHANGED, *({name: value} for name, value in CHANGED.items())])
+@pytest.mark.parametrize(
+    "values", [{}, WHOLE, *({name: value} | TOGETHER.get(name, {}) for name, value in CHANGED.items())]
+)
 def test_a_trial_config_survives_the_round_trip_through_yaml(values):
     config = from_dict(TrialConfig, values)
     assert from_dict(TrialConfig, to_dict(config)) == config
@@ -71,7 +87,10 @@ def test_a_trial_config_survives_the_round_trip_through_yaml(values):
 
 def test_the_digest_changes_with_every_field_and_with_nothing_else():
     assert set(CHANGED) == set(FIELDS)
-    digests = [digest(TrialConfig()), *(digest(TrialConfig(**{name: CHANGED[name]})) for name in FIELDS)]
+    digests = [
+        digest(TrialConfig()),
+        *(digest(TrialConfig(**{name: CHANGED[name]} | TOGETHER.get(name, {}))) for name in FIELDS),
+    ]
     assert len(set(digests)) == len(FIELDS) + 1
     assert all(re.fullmatch("[0-9a-f]{16}", value) for value in digests)
     assert digest(TrialConfig()) == digest(to_dict(TrialConfig())) == digest(TrialConfig(seed=0))
@@ -109,8 +128,10 @@ def test_a_wrong_type_is_refused_by_key_and_value(name, value, message):
 
 
 def test_ints_and_yamls_text_numbers_pass_for_floats():
-    config = from_dict(TrialConfig, {"learning_rate": "1e-4", "forget_weight": 2, "ascent_bound": "3"})
-    assert (config.learning_rate, config.forget_weight, config.ascent_bound) == (1e-4, 2.0, 3.0)
+    config = from_dict(
+        TrialConfig, {"method": "grad_diff", "learning_rate": "1e-4", "forget_weight": 2, "ascent_bound": "3"}
+    )
+    assert (config.learning_rate, config.forget_weight, config.options["ascent_bound"]) == (1e-4, 2.0, 3.0)
     assert type(config.forget_weight) is float
     with pytest.raises(InputError, match="must be a mapping of keys to values, got 3"):
         from_dict(TrialConfig, 3)
@@ -119,14 +140,18 @@ def test_ints_and_yamls_text_numbers_pass_for_floats():
 NAN, INF = float("nan"), float("inf")
 OUT_OF_BOUNDS = [
     *product(("epochs", "batch_size", "chunk_size", "micro_batches", "lora_rank", "snapshots"), (0, -1)),
+    *product(("anneal_every",), (0, -1)),
     *product(("retain_per_forget", "repair_epochs"), (-1,)),
-    *product(("learning_rate", "npo_beta", "max_grad_norm", "repair_scale"), (0.0, -1.0, NAN, INF)),
+    *product(("learning_rate", "npo_beta", "max_grad_norm", "repair_scale", "negation"), (0.0, -1.0, NAN, INF)),
     *product(("forget_weight", "retain_weight", "kl_weight", "weight_decay"), (-0.1, NAN, INF)),
-    *product(("ascent_bound", "max_seconds", "lora_alpha"), (0.0, -1.0, NAN)),
-    ("max_length", 0),
+    *product(("max_seconds", "lora_alpha"), (0.0, -1.0, NAN)),
+    *product(("max_length", "last_layers"), (0,)),
+    *product(("anneal_fraction",), (0.0, 1.1, NAN)),
+    *product(("mask_percentile",), (-1.0, 100.0, NAN)),
     *product(("warmup", "lora_dropout"), (-0.1, 1.0, NAN)),
     *product(("zero_stage",), (-1, 4)),
-    *product(("method", "forget_on", "retain_on", "npo_ratio", "schedule", "lr_schedule", "tuning"), ("other", "")),
+    *product(("method", "forget_on", "retain_on", "kl_on", "npo_ratio", "schedule", "lr_schedule"), ("other", "")),
+    *product(("tuning", "gradient_mask", "lora_init", "kl_direction"), ("other", "")),
 ]
 
 
@@ -140,7 +165,7 @@ def test_every_bound_is_checked_and_named(name, value):
     ("name", "value"),
     [
         ("epochs", 1), ("retain_per_forget", 0), ("repair_epochs", 0), ("forget_weight", 0.0), ("weight_decay", 0.0),
-        ("warmup", 0.99), ("zero_stage", 3), ("max_length", 1), ("ascent_bound", 1e-9),
+        ("warmup", 0.99), ("zero_stage", 3), ("max_length", 1),
     ],
 )  # fmt: skip
 def test_the_bounds_themselves_are_allowed(name, value):
@@ -154,116 +179,44 @@ def test_a_near_choice_is_offered():
         TrialConfig(schedule="pair")
 
 
-# -- recipes and spaces ----------------------------------------------------------------------------
+# -- a method's own parameters ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_trial_that_can_be_planned(name):
-    config = recipe(name).trial()
-    assert recipe(name).source and set(recipe(name).config) <= set(FIELDS)
-    assert plan(config, 3, 4)
-
-
-def test_an_unknown_recipe_offers_the_nearest():
-    with pytest.raises(InputError, match="'zjuklab-model3'.*Did you mean 'zjuklab-model"):
-        recipe("zjuklab-model3")
-
-
-def sampled(space, count=50, seed=0):
-    """(parameters asked for, config returned) of `count` random trials of a study in memory."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    made = []
-    for _ in range(count):
-        trial = study.ask()
-        returned = space(trial)
-        made.append((trial.params, returned))
-    return made
-
-
-CONDITIONAL = {
-    "lora_rank": ("tuning", "lora"),
-    "repair_epochs": ("schedule", "two_phase"),
-    "repair_scale": ("schedule", "two_phase"),
-    "chunk_size": ("schedule", "sugd"),
-}
-
-
-@pytest.mark.parametrize("name", known_spaces())
-def test_a_shipped_space_returns_trial_fields_and_asks_only_what_its_choices_need(name):
-    space, texts = load_space([name], {})
-    assert list(texts) == [name] and "def space(trial)" in texts[name]
-    seen = set()
-    for asked, returned in sampled(space):
-        config = trial_config(returned)
-        assert set(returned) <= set(FIELDS)
-        for parameter, value in asked.items():
-            assert returned[parameter] == value == getattr(config, parameter)
-        for parameter, (choice, value) in CONDITIONAL.items():
-            assert (parameter in asked) == (getattr(config, choice) == value), parameter
-        own = set(METHODS[config.method].parameters)
-        others = {p for method in METHODS.values() for p in method.parameters} - own
-        assert not others & set(asked)  # nothing is searched that the method does not read
-        seen |= {(choice, getattr(config, choice)) for choice, _ in CONDITIONAL.values()}
-    assert {(choice, value) for choice, value in CONDITIONAL.values()} <= seen
-
-
-def test_there_are_shipped_spaces_and_every_one_is_found_by_name():
-    assert known_spaces() and all(find_space(name) == path for name, path in known_spaces().items())
-    with pytest.raises(InputError, match="unknown search space 'npo_kl_cee'. Did you mean 'npo_kl_ce'"):
-        find_space("npo_kl_cee")
-    with pytest.raises(InputError, match=r"no such search space file: absent\.py"):
-        find_space("absent.py")
-    with pytest.raises(InputError, match="search.spaces is empty"):
-        load_space([], {})
-
-
-def test_several_spaces_make_the_space_a_choice_and_fixed_values_overrule():
-    names = list(known_spaces())
-    space, _ = load_space(names, {"epochs": 2, "snapshots": 3})
-    made = sampled(space)
-    assert {asked["space"] for asked, _ in made} == set(names)
-    assert all("space" not in returned for _, returned in made)
-    assert all((returned["epochs"], returned["snapshots"]) == (2, 3) for _, returned in made)
-    assert {trial_config(returned).method for _, returned in made} == set(names)
-
-
-def test_ranges_narrow_bounds_and_choices():
-    ranges = {"epochs": [1, 2], "learning_rate": ["1e-3", 2e-3], "schedule": ["sugd"], "lora_rank": [4]}
-    space, _ = load_space(list(known_spaces())[:1], {}, ranges)
-    made = [trial_config(returned) for _, returned in sampled(space)]
-    assert {config.epochs for config in made} == {1, 2}
-    assert all(1e-3 <= config.learning_rate <= 2e-3 and config.schedule == "sugd" for config in made)
-    assert {config.lora_rank for config in made if config.tuning == "lora"} == {4}
+def test_a_methods_parameters_may_stand_beside_the_fields_and_get_their_defaults():
+    beside = from_dict(TrialConfig, {"method": "npo", "npo_beta": 0.3})
+    assert beside == from_dict(TrialConfig, {"method": "npo", "options": {"npo_beta": 0.3}})
+    assert beside.options == {"npo_beta": 0.3, "npo_ratio": "sum"}
+    assert TrialConfig(method="rmu").options["rmu_layer"] == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("data", "message"),
     [
-        ("def space(trial:\n", "cannot be read: SyntaxError"),
-        ("1 / 0\n", "cannot be read: ZeroDivisionError"),
-        ("other = 1\n", "must define `def space"),
+        ({"method": "npo", "ascent_bound": 3}, "unknown parameter of the method npo 'ascent_bound'"),
+        ({"method": "npo", "options": {"npo_bta": 3}}, "npo_bta'. Did you mean 'npo_beta'"),
+        ({"method": "npo", "options": 3}, "options must be a mapping"),
+        ({"method": "grad_diff", "ascent_bound": 0}, "ascent_bound must be above 0, got 0"),
+        ({"method": "grad_diff", "ascent_bound": NAN}, "ascent_bound must be a finite number"),
+        ({"method": "ce_u", "ce_u_skip": 1.5}, "ce_u_skip must be int"),
+        ({"method": "npo_renyi_ce", "renyi_alpha": 1}, "renyi_alpha must not be 1"),
+        ({"method": "grad_ascent", "forget_weight": 0}, "forget_weight are all 0: nothing would be trained"),
+        ({"forget_weight": 0, "kl_weight": 0, "retain_weight": 0}, "are all 0: nothing would be trained"),
+        ({"tuning": "full", "train_layers": []}, "train_layers is empty"),
+        ({"tuning": "full", "train_layers": [1], "last_layers": 1}, "train_layers or last_layers, not both"),
+        ({"train_modules": "mlp"}, "train_modules goes with tuning: full"),
+        ({"tuning": "full", "train_modules": "("}, "is no regular expression"),
+        ({"gradient_mask": "sure", "zero_stage": 1}, "zero_stage 0, got 1"),
     ],
 )
-def test_an_unusable_space_file_is_refused(tmp_path, text, message):
-    path = tmp_path / "mine.py"
-    path.write_text(text)
+def test_what_does_not_go_together_is_refused(data, message):
     with pytest.raises(InputError, match=message):
-        load_space([str(path)], {})
+        from_dict(TrialConfig, data)
 
 
-def test_a_space_that_returns_other_things_is_refused(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def space(trial):\n    return {'epoch': 3}\n")
-    space, _ = load_space([str(path)], {})
-    with pytest.raises(InputError, match="unknown key in trial 'epoch'. Did you mean 'epochs'"):
-        trial_config(space(None))
-    path.write_text("def space(trial):\n    return [3]\n")
-    space, _ = load_space([str(path)], {})
-    with pytest.raises(InputError, match="must return a dict"):
-        space(None)
+def test_every_schedule_that_a_configuration_may_name_exists():
+    for name in SCHEDULES:
+        assert TrialConfig(schedule=name).schedule == name
+    assert not set(OPTIONS) & set(FIELDS)
 
 
 # -- jobs ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from ray_unlearn.config import TrialConfig
-from ray_unlearn.schedule import Step, plan, snapshot_steps
+from ray_unlearn.schedule import SCHEDULES, Step, plan, snapshot_steps
 
 
 def random_case(seed, **fixed):
@@ -36,7 +36,6 @@ def visits(steps, side):
 
 
 SEEDS = range(40)
-SCHEDULES = ["paired", "two_phase", "sugd"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -47,7 +46,10 @@ def test_the_same_config_gives_the_same_plan_within_bounds(schedule, seed):
     assert steps == plan(config, forget, retain)
     assert set(visits(steps, "forget")) == set(range(forget))
     assert set(visits(steps, "retain")) <= set(range(retain))
-    assert all(0 < len(step.forget) <= config.batch_size for step in steps if step.phase == "forget")
+    low = 0 if schedule == "mixed" else 1  # a mixed batch may hold rows of one kind alone
+    assert all(low <= len(step.forget) <= config.batch_size for step in steps if step.phase == "forget")
+    assert all(step.forget or step.retain for step in steps)
+    assert [step.epoch for step in steps] == sorted(step.epoch for step in steps)
     assert all(0 < step.learning_rate <= config.learning_rate * max(1, config.repair_scale) for step in steps)
     assert steps[0].fresh_optimizer
 
@@ -127,6 +129,45 @@ def test_two_phase_forgets_as_paired_does_and_then_repairs_on_retain_rows_only(s
     assert [step.fresh_optimizer for step in second] == [True] + [False] * (len(second) - 1)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_mixed_visits_every_row_of_both_kinds_once_per_epoch(seed):
+    config, forget, retain = random_case(seed, schedule="mixed")
+    steps = plan(config, forget, retain)
+    for epoch in range(config.epochs):
+        mine = [step for step in steps if step.epoch == epoch]
+        assert sorted(visits(mine, "forget")) == list(range(forget))
+        assert sorted(visits(mine, "retain")) == list(range(retain))
+        sizes = [len(step.forget) + len(step.retain) for step in mine]
+        assert all(size == config.batch_size for size in sizes[:-1]) and 0 < sizes[-1] <= config.batch_size
+
+
+@pytest.mark.parametrize("finally_", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_agad_anneals_after_every_few_chunks_and_at_the_end_on_all(seed, finally_):
+    every = 1 + seed % 3
+    options = {"schedule": "agad", "anneal_every": every, "anneal_fraction": 0.5, "anneal_finally": finally_}
+    config, forget, retain = random_case(seed, **options)
+    phases = []
+    for step in plan(config, forget, retain):
+        if step.fresh_optimizer:
+            phases.append((step.phase, []))
+        phases[-1][1].append(step)
+    chunks = [list(range(forget))[i : i + config.chunk_size] for i in range(0, forget, config.chunk_size)]
+    expected = []
+    for number, chunk in enumerate(chunks, start=1):
+        expected.append(("forget", len(chunk) * config.epochs))
+        if number % every == 0:
+            expected.append(("repair", max(1, round(0.5 * retain)) * config.repair_epochs))
+    expected += [("repair", retain * config.repair_epochs)] * finally_
+    found = [(phase, sum(len(step.forget) + len(step.retain) for step in steps)) for phase, steps in phases]
+    assert found == expected
+    forgetting = [steps for phase, steps in phases if phase == "forget"]
+    for chunk, steps in zip(chunks, forgetting, strict=True):
+        assert sorted(visits(steps, "forget")) == sorted(chunk * config.epochs) and not visits(steps, "retain")
+    annealed = [visits(steps, "retain") for phase, steps in phases if phase == "repair"]
+    assert all(set(Counter(rows).values()) == {config.repair_epochs} for rows in annealed)
+
+
 def test_repair_scale_multiplies_the_repair_rate_only():
     config = TrialConfig(schedule="two_phase", learning_rate=0.01, repair_scale=0.1, repair_epochs=1)
     rates = {step.phase: step.learning_rate for step in plan(config, 9, 9)}
@@ -161,8 +202,8 @@ def test_without_warm_up_linear_decay_is_that_of_a_trainer():
 
 
 def course(forget, repair=0):
-    return [Step("forget", (0,), (), 1.0, i == 0) for i in range(forget)] + [
-        Step("repair", (), (0,), 1.0, i == 0) for i in range(repair)
+    return [Step("forget", 0, (0,), (), 1.0, i == 0) for i in range(forget)] + [
+        Step("repair", 1, (), (0,), 1.0, i == 0) for i in range(repair)
     ]
 
 

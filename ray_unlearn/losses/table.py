@@ -1,0 +1,61 @@
+"""What a loss and a method are: rows of the tables LOSSES and METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A parameter of a loss or a weighting that a trial's configuration may set."""
+
+    hint: Any
+    """Its type, as in an annotation."""
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+    above: float | None = None
+    """The value must be above this."""
+    at_least: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A loss and what it is called with."""
+
+    compute: Callable[..., Any]
+    tensors: tuple[str, ...]
+    """Its positional arguments, in order, by name. With B rows of T predicted tokens, N of which the mask shows,
+    V entries of the vocabulary and H of a hidden state:
+    mask, logps, ref_logps [B,T]; logits, ref_logits, noise [N,V]; targets [N]; hidden, ref_hidden [N,H];
+    control [B,H]; alt_mask, alt_logps, alt_ref_logps [B,T] of the rows' alternative answers."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Keyword argument -> the name it has in a configuration."""
+    part: str = "retain"
+    """On retain rows: `retain` or `kl`, which decides the weight (`retain_weight`, `kl_weight`), the tokens
+    (`retain_on`, `kl_on`) and the name in a trial's course."""
+    pools: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    """Whether, under these options, tokens are pooled over the batch: its rows must then stay together."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it needs a forward pass of the untrained model; its log-probabilities of the rows are cached."""
+        return "ref_logits" in self.tensors or "ref_hidden" in self.tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method: the loss of the forget rows and the losses of the retain rows, by name in LOSSES."""
+
+    forget: str
+    retain: tuple[str, ...] = ()
+    formula: str
+    source: str
+    alternative: str | None = None
+    """The other answer that each forget row comes with: `refusal`, one of REFUSALS, or `given` in the data."""
+    weighting: str = "fixed"
+    """Row of WEIGHTINGS: how the weight of the cross-entropy on retain rows moves during a trial."""
+    negates: bool = False
+    """Whether a snapshot is the untrained model minus `negation` times what training added."""
