@@ -16,6 +16,7 @@ from ray_unlearn.losses import LOSSES, METHODS, losses_of
 from ray_unlearn.objective import Objective, Row
 from ray_unlearn.records import Example
 from ray_unlearn.schedule import Step
+from ray_unlearn.trial import _train_step
 from ray_unlearn.tuning import Tuned
 
 WEIGHTS = {"forget_weight": 0.7, "retain_weight": 1.3, "kl_weight": 2.1, "forget_on": "document"}
@@ -460,3 +461,64 @@ def test_the_methods_that_need_a_reference_pass_are_those_of_full_distributions_
     assert needing == {
         "kl_ascent", "ascent_kl_ce", "npo_kl_ce", "npo_renyi_ce", "undial", "dual_teacher", "rmu",
     }  # fmt: skip
+
+
+def test_max_length_cuts_rows_and_alternatives_alike(tiny):
+    limit = 2 + max(
+        len(tiny.tokenizer(row["input"])["input_ids"]) for row in tiny.data.forget[:4] + tiny.data.retain[:4]
+    )
+    config = TrialConfig(method="alt_po", max_length=limit)
+    forget, retain = examples(tiny, "forget", alternate="another " * 90), examples(tiny, "retain")
+    feed = make_feed(config, forget, retain, FakeBench(tiny), Store())
+    assert all(len(row.tokens.ids) <= limit for unit in [*feed.forget, *feed.retain] for row in unit)
+    assert all(len(other.tokens.ids) == limit for _, other in feed.forget)
+
+
+class StepEngine(FakeEngine):
+    """An engine that only keeps gradients."""
+
+    def backward(self, loss):
+        (loss / self.micro_batches).backward()
+
+    def step(self, learning_rate):
+        return 0.0
+
+
+class OneWorker:
+    rank, world = 0, 1
+
+    def gather(self, items):
+        return items
+
+    def agree(self, value):
+        return value
+
+
+@pytest.mark.parametrize("method", ["npo_kl_ce", "pdu", "grad_diff_adaptive", "idk_dpo"])
+def test_a_steps_parts_are_means_over_all_its_rows_and_its_gradient_is_theirs(tiny, prepare, method):
+    """Micro-batches, like ranks, must not show: a weight that follows the retain loss moves once, by the whole step."""
+    rows = batch_for(tiny, method, 4, 5)
+    units = [[row] for row in rows if row.split == "forget"]
+    for unit, other in zip(units, [row for row in rows if row.split == "alternative"], strict=False):
+        unit.append(other)
+    feed = Feed(units, [[row] for row in rows if row.split == "retain"])
+    step = Step("forget", 1, (0, 1, 2, 3), (0, 1, 2, 3, 4), 1e-3, True)
+    seen = []
+    for micro_batches in (1, 2, 3):
+        config = TrialConfig(method=method, lora_rank=2, micro_batches=micro_batches)
+        _, tuned = prepare(config)
+        engine = StepEngine(tuned.model)
+        engine.micro_batches = micro_batches
+        objective = Objective(config, tuned, PAD)
+        objective.update(0, {"retain": 0.05})
+        parts, _ = _train_step(engine, objective, step, feed, OneWorker())
+        objective.update(step.epoch, parts)
+        gradient = torch.cat([p.grad.flatten() for p in tuned.model.parameters() if p.requires_grad])
+        seen.append((parts, objective.weighting.weight, gradient))
+        tuned.release()
+    for parts, weight, gradient in seen[1:]:
+        assert parts == pytest.approx(seen[0][0], rel=1e-4)
+        assert weight == pytest.approx(seen[0][1], rel=1e-5)
+        torch.testing.assert_close(gradient, seen[0][2], rtol=1e-3, atol=1e-5)
+    if METHODS[method].weighting != "fixed":
+        assert seen[0][1] != 1.0  # it did move
