@@ -14,7 +14,7 @@ from nltk.stem.porter import PorterStemmer
 from ray_unlearn.api import score
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics import METRICS, auc, exact_match, final_score, harmonic_mean, mia_score, task_terms
-from ray_unlearn.metrics.generation import rouge_l_recall
+from ray_unlearn.metrics.generation import rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
 from ray_unlearn.scoring import make_scores
 
 # -- generation ------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_auc_refuses_an_empty_side():
 def test_the_metrics_table_names_the_functions_the_scores_are_made_of():
     assert METRICS["regurgitation"].compute is rouge_l_recall and METRICS["knowledge"].compute is exact_match
     assert METRICS["task_aggregate"].compute is harmonic_mean and METRICS["final"].compute is final_score
-    assert all(metric.range == (0, 1) and metric.higher_is_better for metric in METRICS.values())
+    assert all(METRICS[name].family == "official" for name in ("regurgitation", "knowledge", "task_aggregate", "final"))
 
 
 # -- whole prediction files against a second implementation ----------------------------------------
@@ -222,6 +222,34 @@ def slow_recall(expected, generated):
         for j in range(len(b)):
             table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
     return table[-1][-1] / len(a) if a and b else 0.0
+
+
+def slow_common(expected, generated):
+    """Words of both texts, each as often as both have it."""
+    left, common = words(generated), 0
+    for word in words(expected):
+        if word in left:
+            left.remove(word)
+            common += 1
+    return common
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_rouge_f1_and_recall_are_those_of_a_second_implementation(seed):
+    rng = random.Random(seed)
+    gold, said = (" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(2))
+    sizes = len(words(gold)), len(words(said))
+    common, sequence = slow_common(gold, said), slow_recall(gold, said) * sizes[0]
+    both = max(sum(sizes), 1)  # F1 = 2 common / (words of both)
+    assert rouge_1_recall(gold, said) == pytest.approx(common / max(sizes[0], 1), abs=1e-12)
+    assert rouge_1_f1(gold, said) == pytest.approx(2 * common / both, abs=1e-12)
+    assert rouge_l_f1(gold, said) == pytest.approx(2 * sequence / both, abs=1e-12)
+
+
+def test_f1_punishes_surplus_text_and_recall_does_not():
+    assert rouge_l_recall("a b", "a b c d e f") == rouge_1_recall("a b", "f e d c b a") == 1.0
+    assert rouge_l_f1("a b", "a b c d e f") == rouge_1_f1("a b", "f e d c b a") == pytest.approx(0.5)
+    assert rouge_l_f1("a b", "b a") == pytest.approx(0.5) and rouge_1_f1("a b", "b a") == 1.0
 
 
 def slow_scores(rows, losses, utility):
