@@ -16,7 +16,7 @@ from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.metrics import METRICS, membership, memorisation
 from ray_unlearn.metrics.intervals import document_id, limits, membership_resamples, ratio_interval
 from ray_unlearn.metrics.privacy import score_differences
-from ray_unlearn.records import Example
+from ray_unlearn.records import Example, Scores
 from ray_unlearn.signals import TokenSignals, gradient_norms, token_signals
 
 if TYPE_CHECKING:
@@ -331,6 +331,16 @@ def _privleak(subject: _Subject, reference: _Subject) -> dict[str, Any]:
     sound = bases < 1  # a resample whose reference tells all members has no PrivLeak
     leaks = 100 * ((bases[sound] - areas[sound]) / (1 - bases[sound]))
     return {"value": value, "interval": limits(leaks, value)}
+
+
+def differences_from(scores: Scores, reference: Scores) -> dict[str, float]:
+    """Every term and objective of a model less that of a retrained reference, where both were measured."""
+    return score_differences(*({**_objectives(one), **one.terms} for one in (scores, reference)))
+
+
+def _objectives(scores: Scores) -> dict[str, float]:
+    names = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
+    return {name: value for name in names if (value := getattr(scores, name)) is not None}
 
 
 def _compare(measured: Measured, reference: Measured) -> None:

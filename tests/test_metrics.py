@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -15,6 +16,7 @@ from ray_unlearn.api import score
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics import METRICS, auc, exact_match, final_score, harmonic_mean, mia_score, task_terms
 from ray_unlearn.metrics.generation import rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
+from ray_unlearn.records import MergeRecord, Scores, load_records, save_record
 from ray_unlearn.scoring import make_scores
 
 # -- generation ------------------------------------------------------------------------------------
@@ -367,3 +369,24 @@ def test_scores_are_written_without_what_was_not_measured(tmp_path):
     assert written["terms"] == {"forget/T/regurgitation": 0.5, "retain/T/regurgitation": 0.0}
     assert written["task_aggregate"] == 0 and written["utility"] == 0.25
     assert not {"final", "mia_auc", "mia_score"} & set(written)
+
+
+def test_scores_with_intervals_and_further_metrics_come_back_from_their_file_and_old_ones_without_load():
+    scores = make_scores(cells(lambda split, text: text), 0.5, 1.0, {})
+    old = scores.to_json()
+    assert not {"intervals", "metrics"} & set(old)
+    assert Scores.from_json(old) == scores and scores.intervals == scores.metrics == {}
+    more = {"perplexity": {"retain": {"value": 1.5, "interval": [1.25, 2.0]}}}
+    whole = dataclasses.replace(scores, intervals={"utility": [0.5, 1.0]}, metrics=more)
+    written = json.loads(json.dumps(whole.to_json()))
+    assert written["intervals"] == {"utility": [0.5, 1.0]} and written["metrics"] == more
+    assert Scores.from_json(written) == whole
+
+
+def test_records_keep_intervals(tmp_path):
+    scores = dataclasses.replace(make_scores([], None, 0.5, {}), intervals={"utility": [0.25, 0.75]})
+    save_record(tmp_path, MergeRecord(id="merge-0000", status="finished", recipe={}, scores=scores))
+    plain = dataclasses.replace(scores, intervals={})
+    save_record(tmp_path, MergeRecord(id="merge-0001", status="finished", recipe={}, scores=plain))
+    assert [merge.scores for merge in load_records(tmp_path)[1]] == [scores, plain]
+    assert "intervals" not in json.loads((tmp_path / "records" / "merge-0001.json").read_text())["scores"]

@@ -16,11 +16,11 @@ from ray_unlearn import signals
 from ray_unlearn.benchmark import members as of_members
 from ray_unlearn.data import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.measuring import extra_names, more_metrics, wrong_answers
+from ray_unlearn.measuring import differences_from, extra_names, more_metrics, wrong_answers
 from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
-from ray_unlearn.records import Example
+from ray_unlearn.records import Example, Scores
 from ray_unlearn.signals import gradient_norms, token_signals
 
 TEXTS = ["In Kanobe, Mira met Tosu, who carried a silver lantern.", "Née 42", "Mira met", "What did Tosu carry when?"]
@@ -282,6 +282,13 @@ def test_a_uniform_model_scores_what_the_table_says_of_a_collapsed_one(tiny, dat
     ratios = [found["truth_ratio"][split]["value"] for split in ("forget", "retain")]
     assert (ratios == pytest.approx([1.0, 0.0], abs=1e-6)) == uniform
     assert not uniform or found["mia_loss"]["auc"]["value"] == found["mia_min_k"]["auc"]["value"] == 0.5
+
+
+def test_differences_from_a_reference_are_of_what_both_measured():
+    mine = Scores(terms={"forget/T/knowledge": 0.25}, raw={}, counts={}, task_aggregate=0.5, mia_score=0.75)
+    theirs = Scores(terms={"forget/T/knowledge": 0.75}, raw={}, counts={}, task_aggregate=0.75, utility=0.5)
+    assert differences_from(mine, theirs) == {"task_aggregate": -0.25, "forget/T/knowledge": -0.5}
+    assert set(differences_from(theirs, theirs).values()) == {0.0}
 
 
 def test_work_may_be_spread_over_workers(tiny, data, other):

@@ -15,7 +15,7 @@ from ray_unlearn.metrics.aggregate import (
     task_terms,
 )
 from ray_unlearn.metrics.generation import exact_match, rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
-from ray_unlearn.metrics.intervals import RowValue, document_id, objective_intervals
+from ray_unlearn.metrics.intervals import objective_intervals, with_documents
 from ray_unlearn.metrics.membership import (
     auc,
     gradient_norm_signal,
@@ -38,10 +38,8 @@ from ray_unlearn.metrics.privacy import forget_quality, privleak
 __all__ = [
     "METRICS",
     "Metric",
-    "RowValue",
     "auc",
     "cell_terms",
-    "document_id",
     "exact_match",
     "final_score",
     "harmonic_mean",
@@ -49,6 +47,7 @@ __all__ = [
     "objective_intervals",
     "row_values",
     "task_terms",
+    "with_documents",
 ]
 
 

@@ -34,6 +34,11 @@ def document_id(row_id: str) -> str:
     return row_id[:-3] if row_id[:-1].endswith(("sc", "qa")) else row_id
 
 
+def with_documents(values: Sequence[tuple[str, float]], row_ids: Sequence[str]) -> list[RowValue]:
+    """What `row_values` gave, with the document of each row."""
+    return [RowValue(cell, document_id(row), value) for (cell, value), row in zip(values, row_ids, strict=True)]
+
+
 def resample(units: int, resamples: int, rng: np.random.Generator) -> Floats:
     """[resamples, units]: how often each unit is drawn when as many as there are are drawn with replacement."""
     drawn = rng.integers(0, units, size=(resamples, units)) + units * np.arange(resamples)[:, None]
