@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
 WRONG_ANSWERS = 3
 """Other rows' answers that a truth ratio compares with, where the data bring no perturbed answers."""
 
-Work = Callable[[Sequence[Any]], list[Any]]
-Spread = Callable[[Work, Sequence[Any]], list[Any]]
-"""Does work on items, here or shared out among workers, and returns the results in order of the items."""
+Work = Callable[[Any, Sequence[Any]], list[Any]]
+Spread = Callable[[Work, Any, Sequence[Any]], list[Any]]
+"""(work, model, rows) -> work(model, rows), done here or shared out among workers that hold the model; results in the
+order of the rows. Work can be pickled."""
 Measured = dict[str, dict[str, Any]]
 """Part (forget, retain, auc, ...) -> value, and interval where there is one."""
 
@@ -52,14 +52,16 @@ def more_metrics(
     perturbed: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    spread: Spread = lambda work, items: work(items),
+    spread: Spread = lambda work, model, rows: work(model, rows),
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measured]:
     """Metric -> part -> {value, interval} of the named metrics, as they stand under `metrics` in scores.json.
 
     `texts` are the model's generations for the forget rows, then the retain rows; ROUGE needs them. `reference` is a
     model with the same tokenizer that was trained without the forget set; with it every part also has `reference`,
     that model's value, and `difference` from it. `perturbed` gives wrong answers by row id; without it they are other
-    rows' answers (see wrong_answers). Raises InputError, before any work, for an unknown name or a missing input.
+    rows' answers (see wrong_answers). Models are touched by `spread` alone. Raises InputError, before any work, for an
+    unknown name or a missing input.
     """
     chosen = extra_names(names)
     _check(chosen, data, texts, reference)
@@ -68,25 +70,12 @@ def more_metrics(
     subject = _Subject(model, texts, shared)
     retrained = None if reference is None else _Subject(reference, reference_texts, shared)
     found = {}
-    with _evaluating(model, reference):
-        for name in chosen:
-            found[name] = _measure(name, subject, retrained)
-            if retrained is not None and not METRICS[name].needs_reference and _has_inputs(name, retrained):
-                _compare(found[name], _measure(name, retrained, None))
+    for name in chosen:
+        log(f"measuring {name}")
+        found[name] = _measure(name, subject, retrained)
+        if retrained is not None and not METRICS[name].needs_reference and _has_inputs(name, retrained):
+            _compare(found[name], _measure(name, retrained, None))
     return found
-
-
-@contextmanager
-def _evaluating(*models: Any) -> Iterator[None]:
-    """Models in evaluation mode for a while; None is no model."""
-    before = [(model, model.training) for model in models if model is not None]
-    for model, _ in before:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in before:
-            model.train(training)
 
 
 def _check(names: Sequence[str], data: EvalSet, texts: Sequence[str] | None, reference: Any) -> None:
@@ -198,13 +187,9 @@ class _Subject:
 
     def signals(self, rows: Sequence[Encoded], moments: bool = False) -> list[TokenSignals]:
         """Token signals of rows, wherever the work is done."""
-
-        def work(part: Sequence[Encoded]) -> list[TokenSignals]:
-            return token_signals(
-                self.model, self.shared.tokenizer, part, moments=moments, batch_size=self.shared.batch_size
-            )
-
-        return self.shared.spread(work, rows)
+        shared = self.shared
+        work = partial(token_signals, tokenizer=shared.tokenizer, moments=moments, batch_size=shared.batch_size)
+        return shared.spread(work, self.model, rows)
 
     @cached_property
     def answers(self) -> dict[str, list[TokenSignals]]:
@@ -239,7 +224,7 @@ class _Subject:
     @cached_property
     def gradient_norms(self) -> list[list[float]]:
         """Of members, then non-members."""
-        return self.shared.spread(lambda part: gradient_norms(self.model, part), self.shared.documents)
+        return self.shared.spread(gradient_norms, self.model, self.shared.documents)
 
 
 def _has_inputs(name: str, subject: _Subject) -> bool:
@@ -290,6 +275,7 @@ def _row_values(name: str, subject: _Subject, split: str) -> list[float]:
 def _perplexity(rows: Sequence[TokenSignals], documents: Sequence[str], seed: int) -> dict[str, Any]:
     pooled = np.concatenate([row.log_probs for row in rows])
     totals, sizes = [float(row.log_probs.sum()) for row in rows], [float(len(row.log_probs)) for row in rows]
+    # the ends are of the mean log-probability, whose higher end is the lower perplexity
     high, low = (memorisation.perplexity([end]) for end in ratio_interval(totals, sizes, documents, seed=seed))
     return {"value": memorisation.perplexity(pooled), "interval": [low, high]}
 
@@ -330,7 +316,7 @@ def _privleak(subject: _Subject, reference: _Subject) -> dict[str, Any]:
     areas, bases = (membership_resamples(signals[:count], signals[count:], seed=seed)[0] for signals in both)
     sound = bases < 1  # a resample whose reference tells all members has no PrivLeak
     leaks = 100 * ((bases[sound] - areas[sound]) / (1 - bases[sound]))
-    return {"value": value, "interval": limits(leaks, value)}
+    return {"value": value, "interval": limits(leaks if leaks.size else [value], value)}
 
 
 def differences_from(scores: Scores, reference: Scores) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class TokenSignals:
 
 
 def token_signals(
-    model: Any, tokenizer: Any, rows: Sequence[Encoded], *, moments: bool = False, batch_size: int = 32
+    model: Any, rows: Sequence[Encoded], *, tokenizer: Any, moments: bool = False, batch_size: int = 32
 ) -> list[TokenSignals]:
     """Signals of each row's tokens after its prompt, in order of the rows; `moments` adds means and deviations.
 
@@ -51,7 +52,8 @@ def token_signals(
     longest = max((len(row.ids) for row in rows), default=1)
     size = max(1, min(batch_size, MAX_LOGITS // (longest * len(tokenizer))))
     for group in by_length(rows, lambda row: len(row.ids), size):
-        signals = _batch_signals(model, tokenizer.pad_token_id, [rows[i] for i in group], moments)
+        with _evaluating(model), torch.no_grad():
+            signals = _batch_signals(model, tokenizer.pad_token_id, [rows[i] for i in group], moments)
         for index, one in zip(group, signals, strict=True):
             if not np.isfinite(one.log_probs).all():
                 raise InputError(
@@ -62,7 +64,17 @@ def token_signals(
     return found  # type: ignore[return-value]
 
 
-@torch.no_grad()
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _batch_signals(model: Any, pad_id: int, rows: Sequence[Encoded], moments: bool) -> list[TokenSignals]:
     device = next(model.parameters()).device
     batch = collate(rows, pad_id, device)
@@ -105,7 +117,7 @@ def gradient_norms(model: Any, rows: Sequence[Encoded]) -> list[list[float]]:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with _evaluating(model), torch.enable_grad():
             return [_norms(model, parameters, row) for row in rows]
     finally:
         for parameter, flag in zip(parameters, trained, strict=True):

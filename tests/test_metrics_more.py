@@ -97,6 +97,7 @@ def test_truth_ratio_at_its_ends():
     assert truth_ratio_forget(0.0) == 1.0 and truth_ratio_retain(0.0) == 0.0  # as a model that knows nothing
     assert truth_ratio_forget(5e4) == truth_ratio_forget(-5e4) == 0.0  # no overflow
     assert truth_ratio_retain(-5e4) == 1.0 and truth_ratio_retain(5e4) == 0.0
+    assert truth_ratio_forget(log_truth_ratio(-40.0, [-40.0, -40.0])) == 1.0  # p = 4e-18, as improbable as the others
     with pytest.raises(InputError, match="at least one wrong answer"):
         log_truth_ratio(-1.0, [])
 

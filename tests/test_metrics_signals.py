@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -77,7 +78,7 @@ def test_signals_in_padded_batches_and_slices_are_those_of_one_row_and_token(tin
     monkeypatch.setattr(signals, "MAX_SLICE", slice_size)
     rows = encoded(tiny, prompt)
     assert len({len(row.ids) for row in rows}) > 2  # so that there is padding
-    for row, found in zip(rows, token_signals(tiny.model, tiny.tokenizer, rows, moments=True), strict=True):
+    for row, found in zip(rows, token_signals(tiny.model, rows, tokenizer=tiny.tokenizer, moments=True), strict=True):
         own, matches, means, deviations = slow_signals(tiny.model, row)
         assert found.log_probs.shape == (len(row.ids) - prompt,)
         np.testing.assert_allclose(found.log_probs, own, rtol=1e-4, atol=1e-5)
@@ -88,11 +89,13 @@ def test_signals_in_padded_batches_and_slices_are_those_of_one_row_and_token(tin
 
 def test_signals_without_moments_are_the_same_and_keep_the_rows_order(tiny):
     rows = encoded(tiny)
-    plain, full = (token_signals(tiny.model, tiny.tokenizer, rows, moments=m, batch_size=2) for m in (False, True))
+    plain, full = (
+        token_signals(tiny.model, rows, tokenizer=tiny.tokenizer, moments=m, batch_size=2) for m in (False, True)
+    )
     for one, two in zip(plain, full, strict=True):
         np.testing.assert_allclose(one.log_probs, two.log_probs, atol=1e-6)
         assert not one.means.size and not one.deviations.size and two.means.size
-    assert token_signals(tiny.model, tiny.tokenizer, []) == []
+    assert token_signals(tiny.model, [], tokenizer=tiny.tokenizer) == []
 
 
 def test_a_token_that_equals_the_padding_is_still_read(tiny):
@@ -100,7 +103,7 @@ def test_a_token_that_equals_the_padding_is_still_read(tiny):
     pad = tiny.tokenizer.pad_token_id
     ids = tiny.tokenizer(TEXTS[0])["input_ids"]
     row, long = Encoded((*ids[:4], pad, *ids[4:8]), 1), Encoded(tuple(ids), 1)
-    found = token_signals(tiny.model, tiny.tokenizer, [row, long])[0]
+    found = token_signals(tiny.model, [row, long], tokenizer=tiny.tokenizer)[0]
     np.testing.assert_allclose(found.log_probs, slow_signals(tiny.model, row)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -115,11 +118,11 @@ def test_a_token_that_is_ruled_out_leaves_the_moments_finite():
 
 def test_rows_with_nothing_to_score_and_broken_models_are_refused(tiny):
     with pytest.raises(InputError, match="row 1 has 3 tokens, 3 of them prompt"):
-        token_signals(tiny.model, tiny.tokenizer, [Encoded((5, 6), 1), Encoded((5, 6, 7), 3)])
+        token_signals(tiny.model, [Encoded((5, 6), 1), Encoded((5, 6, 7), 3)], tokenizer=tiny.tokenizer)
     broken = copy.deepcopy(tiny.model)
     next(broken.parameters()).data.fill_(torch.nan)
     with pytest.raises(InputError, match="row 0 has a token whose log-probability is not finite"):
-        token_signals(broken, tiny.tokenizer, [Encoded((5, 6), 1)])
+        token_signals(broken, [Encoded((5, 6), 1)], tokenizer=tiny.tokenizer)
 
 
 def test_gradient_norms_are_those_of_backward_and_leave_the_model_alone(tiny):
@@ -292,17 +295,17 @@ def test_differences_from_a_reference_are_of_what_both_measured():
 
 
 def test_work_may_be_spread_over_workers(tiny, data, other):
-    asked = []
+    """Workers that hold a model each and are sent the work by value."""
+    held = {"mine": tiny.model, "theirs": other}
 
-    def two_workers(work, items):
-        asked.append(len(items))
-        parts = [work(items[rank::2]) for rank in range(2)]
-        return [parts[i % 2][i // 2] for i in range(len(items))]
+    def two_workers(work, name, rows):
+        sent = pickle.dumps(work)
+        parts = [pickle.loads(sent)(held[name], rows[rank::2]) for rank in range(2)]
+        return [parts[i % 2][i // 2] for i in range(len(rows))]
 
     names = ["answer_probability", "truth_ratio", "mia_min_k_plus_plus", "mia_gradient_norm"]
     alone = more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other)
-    spread = more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other, spread=two_workers)
-    assert asked
+    spread = more_metrics(names, "mine", tiny.tokenizer, data, reference="theirs", spread=two_workers)
     for name, parts in alone.items():
         for part, values in parts.items():
             for key, value in values.items():
@@ -312,7 +315,7 @@ def test_work_may_be_spread_over_workers(tiny, data, other):
 def test_the_model_s_mode_is_given_back(tiny, data):
     tiny.model.train()
     try:
-        more_metrics(["perplexity"], tiny.model, tiny.tokenizer, data)
+        more_metrics(["perplexity", "mia_gradient_norm"], tiny.model, tiny.tokenizer, data)
         assert tiny.model.training
     finally:
         tiny.model.eval()
