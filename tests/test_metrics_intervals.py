@@ -122,10 +122,9 @@ def test_membership_resamples_are_those_of_loops_over_pairs_and_thresholds_ties_
     draw = (lambda: float(rng.randint(0, 4))) if seed % 2 else (lambda: rng.gauss(0, 1))
     members, nonmembers = [draw() for _ in range(rng.randint(1, 12))], [draw() for _ in range(rng.randint(1, 15))]
     areas, rates = membership_resamples(members, nonmembers, false_positives=rate, resamples=30, seed=seed)
-    ordered = sorted(nonmembers)
     for index in range(30):
         mine = [m for m, times in zip(members, draws[0][index], strict=True) for _ in range(int(times))]
-        others = [n for n, times in zip(ordered, draws[1][index], strict=True) for _ in range(int(times))]
+        others = [n for n, times in zip(nonmembers, draws[1][index], strict=True) for _ in range(int(times))]
         assert (areas[index], rates[index]) == pytest.approx(slow_auc_and_tpr(mine, others, rate), abs=1e-9)
 
 
@@ -250,6 +249,35 @@ def test_the_final_s_interval_is_near_that_of_resampling_its_parts_together():
     ) / 3
     estimate = (slow_aggregate(rows) + 1 - 2 * abs(intervals.auc(members, nonmembers) - 0.5) + 30 / 80) / 3
     assert found["final"] == pytest.approx(limits(together, estimate), abs=0.012)
+
+
+def test_the_final_s_interval_is_the_image_of_the_parts_where_one_part_alone_is_uncertain():
+    sure = [0.5, 0.5]
+    assert intervals.final_interval((0.5, 0.6, 0.5), (sure, [0.55, 0.7], sure)) == pytest.approx([1.6 / 3, 1.9 / 3])
+    assert intervals.final_interval((0.5, 0.4, 0.5), (sure, [0.3, 0.45], sure)) == pytest.approx([1.6 / 3, 1.9 / 3])
+    assert intervals.final_interval((0.5, 0.55, 0.5), (sure, [0.45, 0.6], sure)) == pytest.approx([1.8 / 3, 2 / 3])
+    assert intervals.final_interval((0.5, 0.5, 0.5), (sure, [0.5, 0.5], [0.4, 0.7])) == pytest.approx(
+        [1.9 / 3, 2.2 / 3]
+    )
+    assert intervals.final_interval((1.0, 0.5, 1.0), ([1.0, 1.0], [0.3, 0.8], [1.0, 1.0]))[1] == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.9])
+def test_intervals_of_the_final_hold_the_truth_about_as_often_where_the_mia_cannot_tell_and_where_it_can(shift):
+    area = NormalDist().cdf(shift / 2**0.5)
+    truth = (0.8 + 1 - 2 * abs(area - 0.5) + 0.5) / 3
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        rows = [RowValue(f"retain/T/{kind}", f"d{n}", float(rng.random() < 0.8)) for kind in "abc" for n in range(30)]
+        losses = {"members": rng.normal(0, 1, 40).tolist(), "nonmembers": rng.normal(shift, 1, 60).tolist()}
+        return rows, losses, (rng.random(80) < 0.5).tolist()
+
+    def find(drawn, seed):
+        rows, losses, right = drawn
+        return objective_intervals(rows, **losses, right=right, resamples=300, seed=seed)["final"]
+
+    assert 0.89 <= share_held(truth, draw, find) <= 0.995
 
 
 def test_objectives_have_intervals_where_they_were_measured():

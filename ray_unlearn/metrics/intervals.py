@@ -121,17 +121,18 @@ def membership_resamples(
     """[resamples] AUCs and TPRs at a rate of false positives, of signals that are low for members.
 
     Members and non-members are drawn separately. A member beats the non-members above it, and half of those level
-    with it; both counts are differences of the cumulated draws of the sorted non-members. Equal numbers of documents
-    and equal seeds give equal draws, so resamples of two models may be paired. Raises InputError as `auc` does.
+    with it; both counts are differences of the cumulated draws of the sorted non-members. The same documents in the
+    same order and the same seed give the same draws, whatever the signals, so two models' resamples are paired.
+    Raises InputError as `auc` does.
     """
     check_signals(members, nonmembers)
-    others = np.sort(np.asarray(nonmembers, dtype=np.float64))
-    mine = np.asarray(members, dtype=np.float64)
+    mine, others = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
+    order = np.argsort(others)
     rng = np.random.default_rng(seed)
     drawn = resample(len(mine), resamples, rng)
     below = np.zeros((resamples, len(others) + 1))
-    np.cumsum(resample(len(others), resamples, rng), axis=1, out=below[:, 1:])
-    under, upto = (below[:, np.searchsorted(others, mine, side)] for side in ("left", "right"))
+    np.cumsum(resample(len(others), resamples, rng)[:, order], axis=1, out=below[:, 1:])
+    under, upto = (below[:, np.searchsorted(others[order], mine, side)] for side in ("left", "right"))
     areas = 1 - np.einsum("bm,bm->b", drawn, under + upto) / (2 * len(mine) * len(others))
     accepted = upto <= false_positives * len(others) + 1e-9
     return areas, np.einsum("bm,bm->b", drawn, accepted) / len(mine)
@@ -159,6 +160,25 @@ def mean_of_parts(values: Sequence[float], intervals: Sequence[Sequence[float]])
     return [mean - down, mean + up]
 
 
+def final_interval(
+    values: tuple[float, float, float], intervals: tuple[Sequence[float], Sequence[float], Sequence[float]]
+) -> list[float]:
+    """Interval of the final score from task aggregate, MIA AUC and utility with their intervals.
+
+    The score is the lesser of two smooth ones, with 1 - 2 (AUC - 0.5) and 1 + 2 (AUC - 0.5) for the MIA score, so
+    its ends are the lesser ends; the MIA score's own interval would not do, since its error has one sign near AUC 0.5.
+    """
+    (aggregate, area, utility), (of_aggregate, of_area, of_utility) = values, intervals
+    lows, highs = [], []
+    for slope in (2, -2, 0):  # 0: no MIA score is above 1
+        ends = sorted(1 - slope * (end - 0.5) for end in of_area)
+        parts = [aggregate, 1 - slope * (area - 0.5), utility]
+        low, high = mean_of_parts(parts, [of_aggregate, ends, of_utility])
+        lows.append(low)
+        highs.append(high)
+    return [min(lows), min(highs)]
+
+
 def objective_intervals(
     rows: Sequence[RowValue] = (),
     *,
@@ -174,20 +194,19 @@ def objective_intervals(
     of each utility question whether it was answered. An interval shows the noise of drawing rows, not that of
     training; where all rows agree it has no width, which is no certainty. Raises InputError as `auc` does.
     """
-    values: dict[str, float] = {}
     found: dict[str, list[float]] = {}
     if len(rows):
-        values["task_aggregate"] = harmonic_mean(list(cell_terms((row.cell, row.value) for row in rows)[0].values()))
-        found["task_aggregate"] = limits(aggregate_resamples(rows, resamples, seed), values["task_aggregate"])
+        aggregate = harmonic_mean(list(cell_terms((row.cell, row.value) for row in rows)[0].values()))
+        found["task_aggregate"] = limits(aggregate_resamples(rows, resamples, seed), aggregate)
     if len(members) or len(nonmembers):
         area = auc(members, nonmembers)
-        values["mia_score"] = mia_score(area)
         found["mia_auc"] = limits(membership_resamples(members, nonmembers, resamples=resamples, seed=seed)[0], area)
         found["mia_score"] = mia_score_interval(found["mia_auc"])
     if len(right):
-        values["utility"] = sum(right) / len(right)
-        drawn = np.random.default_rng(seed).binomial(len(right), values["utility"], resamples)
-        found["utility"] = limits(drawn / len(right), values["utility"])
-    if len(values) == 3:
-        found["final"] = mean_of_parts(list(values.values()), [found[name] for name in values])
+        utility = sum(right) / len(right)
+        drawn = np.random.default_rng(seed).binomial(len(right), utility, resamples)
+        found["utility"] = limits(drawn / len(right), utility)
+    if len(found) == 4:
+        ends = (found["task_aggregate"], found["mia_auc"], found["utility"])
+        found["final"] = final_interval((aggregate, area, utility), ends)
     return found

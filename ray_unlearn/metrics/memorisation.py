@@ -48,7 +48,7 @@ def extraction_strength(matches: ArrayLike) -> float:
 def log_truth_ratio(paraphrased: float, perturbed: Sequence[float]) -> float:
     """log R = mean_j l_j - l: mean token log-probabilities of wrong answers against that of the right one.
 
-    TOFU's code, and every number published with it, takes this geometric mean over the wrong answers; its paper
+    TOFU's code takes this geometric mean over the wrong answers; its paper
     an arithmetic one. In logarithms, so that the ratio of two answers that are both improbable is still their ratio:
     open-unlearning adds 1e-10 to the probability it divides by, and gives a collapsed model 0. Raises InputError where
     there is no wrong answer.

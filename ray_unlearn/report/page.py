@@ -250,7 +250,7 @@ def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
 
 
 def _told_apart(run: RunView) -> str:
-    """How many other feasible candidates have a final score within the choice's interval; empty where not known."""
+    """How many other feasible candidates have a final score in the interval of the choice; empty where not known."""
     chosen = next((c.scores for c in run.candidates if c.id == run.choice), None)
     ends = chosen.intervals.get("final") if chosen else None
     if chosen is None or ends is None:
@@ -260,9 +260,7 @@ def _told_apart(run: RunView) -> str:
     text = f"The choice's final of {_number(chosen.final)} has the 95 % interval {_interval(ends)}. "
     if not within:
         return text + "No other feasible candidate lies within it."
-    return (
-        text + f"{_count(within, 'other feasible candidate')} within it: noise of this size does not tell them apart."
-    )
+    return text + f"{_count(within, 'other feasible candidate')} within it: differences this small may be noise."
 
 
 def _method(candidate: Candidate) -> str:
