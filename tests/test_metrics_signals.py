@@ -350,3 +350,29 @@ def test_texts_that_are_not_one_for_each_row_and_documents_of_one_token_are_refu
     for name in ("mia_loss", "mia_gradient_norm"):
         with pytest.raises(InputError, match="at least two tokens to have a loss, got 'a'"):
             more_metrics([name], tiny.model, tiny.tokenizer, short)
+
+
+class OneToken(torch.nn.Module):
+    """Says one token for ever, and is sure of it."""
+
+    def __init__(self, token, size):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.full((size,), -60.0))
+        self.logits.data[token] = 0.0
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_a_model_of_one_token_for_ever_is_found_out_on_retain_whatever_it_scores_on_forget(tiny, data):
+    rows = [encode(tiny.tokenizer, e.input, e.output) for e in (*data.forget, *data.retain)]
+    said = [token for one in rows for token in one.ids[one.prompt :]]
+    token = max(set(said), key=said.count)
+    names = ["answer_probability", "truth_ratio", "exact_memorisation", "extraction_strength", "perplexity"]
+    found = more_metrics([*names, *MEMBERSHIP[:2]], OneToken(token, len(tiny.tokenizer)), tiny.tokenizer, data)
+    share = fmean(fmean(t == token for t in one.ids[one.prompt :]) for one in rows[len(data.forget) :])
+    assert found["exact_memorisation"]["retain"]["value"] == pytest.approx(share)
+    assert found["perplexity"]["retain"]["value"] > 1e6 * len(tiny.tokenizer)
+    assert found["answer_probability"]["retain"]["value"] < 1 / len(tiny.tokenizer)
+    assert found["extraction_strength"]["retain"]["value"] <= share
+    json.dumps(found, allow_nan=False)
