@@ -45,6 +45,10 @@ class Scores:
     mia_score: float | None = None
     utility: float | None = None
     final: float | None = None
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """Objective, `mia_auc` or `final` -> low and high end of its 95 % bootstrap interval; empty in older records."""
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further metrics that were asked for: name -> part -> value, interval, reference, difference."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def objectives(self) -> tuple[float, float, float]:
@@ -56,13 +60,21 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The fields of scores.json; parts that were not measured are absent."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        return _measured(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scores:
         """The inverse of to_json; keys of other metrics beside these are ignored."""
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in names})
+
+
+def _measured(scores: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in scores.items()
+        if value is not None and not (key in ("intervals", "metrics") and not value)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +190,9 @@ def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
     """Writes records/<id>.json. The file's existence means the trial or merge has ended."""
     data = dataclasses.asdict(record)
     for snapshot in data.get("snapshots", ()):
-        snapshot["scores"] = {key: value for key, value in snapshot["scores"].items() if value is not None}
+        snapshot["scores"] = _measured(snapshot["scores"])
     if data.get("scores"):
-        data["scores"] = {key: value for key, value in data["scores"].items() if value is not None}
+        data["scores"] = _measured(data["scores"])
     elif "scores" in data:
         del data["scores"]  # a failed merge has no scores
     write_json(run_dir / "records" / f"{record.id}.json", data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -14,7 +15,8 @@ from nltk.stem.porter import PorterStemmer
 from ray_unlearn.api import score
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics import METRICS, auc, exact_match, final_score, harmonic_mean, mia_score, task_terms
-from ray_unlearn.metrics.generation import rouge_l_recall
+from ray_unlearn.metrics.generation import rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
+from ray_unlearn.records import MergeRecord, Scores, load_records, save_record
 from ray_unlearn.scoring import make_scores
 
 # -- generation ------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ def test_auc_refuses_an_empty_side():
 def test_the_metrics_table_names_the_functions_the_scores_are_made_of():
     assert METRICS["regurgitation"].compute is rouge_l_recall and METRICS["knowledge"].compute is exact_match
     assert METRICS["task_aggregate"].compute is harmonic_mean and METRICS["final"].compute is final_score
-    assert all(metric.range == (0, 1) and metric.higher_is_better for metric in METRICS.values())
+    assert all(METRICS[name].family == "official" for name in ("regurgitation", "knowledge", "task_aggregate", "final"))
 
 
 # -- whole prediction files against a second implementation ----------------------------------------
@@ -222,6 +224,34 @@ def slow_recall(expected, generated):
         for j in range(len(b)):
             table[i + 1][j + 1] = table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
     return table[-1][-1] / len(a) if a and b else 0.0
+
+
+def slow_common(expected, generated):
+    """Words of both texts, each as often as both have it."""
+    left, common = words(generated), 0
+    for word in words(expected):
+        if word in left:
+            left.remove(word)
+            common += 1
+    return common
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_rouge_f1_and_recall_are_those_of_a_second_implementation(seed):
+    rng = random.Random(seed)
+    gold, said = (" ".join(rng.choices(WORDS, k=rng.randint(0, 9))) for _ in range(2))
+    sizes = len(words(gold)), len(words(said))
+    common, sequence = slow_common(gold, said), slow_recall(gold, said) * sizes[0]
+    both = max(sum(sizes), 1)  # F1 = 2 common / (words of both)
+    assert rouge_1_recall(gold, said) == pytest.approx(common / max(sizes[0], 1), abs=1e-12)
+    assert rouge_1_f1(gold, said) == pytest.approx(2 * common / both, abs=1e-12)
+    assert rouge_l_f1(gold, said) == pytest.approx(2 * sequence / both, abs=1e-12)
+
+
+def test_f1_punishes_surplus_text_and_recall_does_not():
+    assert rouge_l_recall("a b", "a b c d e f") == rouge_1_recall("a b", "f e d c b a") == 1.0
+    assert rouge_l_f1("a b", "a b c d e f") == rouge_1_f1("a b", "f e d c b a") == pytest.approx(0.5)
+    assert rouge_l_f1("a b", "b a") == pytest.approx(0.5) and rouge_1_f1("a b", "b a") == 1.0
 
 
 def slow_scores(rows, losses, utility):
@@ -339,3 +369,24 @@ def test_scores_are_written_without_what_was_not_measured(tmp_path):
     assert written["terms"] == {"forget/T/regurgitation": 0.5, "retain/T/regurgitation": 0.0}
     assert written["task_aggregate"] == 0 and written["utility"] == 0.25
     assert not {"final", "mia_auc", "mia_score"} & set(written)
+
+
+def test_scores_with_intervals_and_further_metrics_come_back_from_their_file_and_old_ones_without_load():
+    scores = make_scores(cells(lambda split, text: text), 0.5, 1.0, {})
+    old = scores.to_json()
+    assert not {"intervals", "metrics"} & set(old)
+    assert Scores.from_json(old) == scores and scores.intervals == scores.metrics == {}
+    more = {"perplexity": {"retain": {"value": 1.5, "interval": [1.25, 2.0]}}}
+    whole = dataclasses.replace(scores, intervals={"utility": [0.5, 1.0]}, metrics=more)
+    written = json.loads(json.dumps(whole.to_json()))
+    assert written["intervals"] == {"utility": [0.5, 1.0]} and written["metrics"] == more
+    assert Scores.from_json(written) == whole
+
+
+def test_records_keep_intervals(tmp_path):
+    scores = dataclasses.replace(make_scores([], None, 0.5, {}), intervals={"utility": [0.25, 0.75]})
+    save_record(tmp_path, MergeRecord(id="merge-0000", status="finished", recipe={}, scores=scores))
+    plain = dataclasses.replace(scores, intervals={})
+    save_record(tmp_path, MergeRecord(id="merge-0001", status="finished", recipe={}, scores=plain))
+    assert [merge.scores for merge in load_records(tmp_path)[1]] == [scores, plain]
+    assert "intervals" not in json.loads((tmp_path / "records" / "merge-0001.json").read_text())["scores"]

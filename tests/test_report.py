@@ -27,6 +27,8 @@ from ray_unlearn.records import (
     write_json,
 )
 from ray_unlearn.report import model_card, write_report
+from ray_unlearn.report.run import load_run
+from ray_unlearn.report.table import score_rows
 
 ATTACK = "<script>alert('x')</script>"
 KEYS = [
@@ -231,6 +233,75 @@ def test_text_is_escaped_and_nothing_is_loaded_from_the_network(tmp_path: Path) 
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; the the the &amp; so on" in page
     assert not re.findall(r"""(?:src|href)\s*=(?!\s*["']data:)""", page)
     assert "@import" not in page and "url(" not in page
+
+
+OBJECTIVES = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
+
+
+def with_intervals(scores: dict[str, Any], reach: float = 0.04) -> dict[str, Any]:
+    """Scores with an interval around each objective."""
+    ends = {key: [max(scores[key] - reach, 0.0), min(scores[key] + reach, 1.0)] for key in OBJECTIVES}
+    return {**scores, "intervals": ends}
+
+
+def add_intervals(run: Path, reach: float = 0.04) -> dict[str, Any]:
+    """Adds intervals to every record and file of a run; returns final.json."""
+    for path in (run / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        for holder in (record, *record.get("snapshots", ())):
+            if holder.get("scores"):
+                holder["scores"] = with_intervals(holder["scores"], reach)
+        write_json(path, record)
+    final = json.loads((run / "final.json").read_text())
+    for key in ("target", "best", "reference"):
+        final[key] = with_intervals(final[key], reach)
+    write_json(run / "final.json", final)
+    return final
+
+
+def test_intervals_stand_beside_the_scores_and_in_the_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    before = page_of(run)
+    final = add_intervals(run)
+    page = page_of(run)
+    for key in ("target", "best", "reference"):
+        for low, high in final[key]["intervals"].values():
+            assert f"<small>{low:.3f} – {high:.3f}</small>" in page
+    for text in ("95 % intervals, by drawing", "95 % intervals of the front", "grey: its 95 % interval"):
+        assert text in page and text not in before
+    assert "<small>" not in before and page.count("<img src=") == before.count("<img src=")
+    assert page.split("<img src=")[1] != before.split("<img src=")[1]  # the bars are drawn
+    low, high = final["best"]["intervals"]["final"]
+    card = model_card(ABOUT, final, Scores.from_json(final["target"]), {})
+    assert f"{final['best']['final']:.3f} ({low:.3f} to {high:.3f})" in card and "In brackets: 95 %" in card
+
+
+def test_a_change_within_the_noise_is_not_coloured(tmp_path: Path) -> None:
+    def tones(reach: float) -> dict[str, str]:
+        target, best = Scores.from_json(with_intervals(low, reach)), Scores.from_json(with_intervals(high, reach))
+        return {row.name: row.tone for row in score_rows(target, best) if row.group == ""}
+
+    low = made_scores(random.Random(1), 0.5, 0.5).to_json()
+    high = {**low, **{key: low[key] + 0.1 for key in OBJECTIVES}}
+    assert tones(0.04)["Final"] == tones(0.04)["Task aggregate"] == "better"
+    assert set(tones(0.06).values()) == {""}
+
+
+def test_the_page_counts_the_candidates_that_noise_does_not_tell_from_the_choice(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "has the 95 % interval" not in page_of(run)
+    add_intervals(run, 0.1)
+    view = load_run(run)
+    assert view.choice
+    chosen = next(c for c in view.candidates if c.id == view.choice)
+    near = [
+        c for c in view.candidates
+        if c.id != view.choice and view.feasible(c.scores) and abs(c.scores.final - chosen.scores.final) <= 0.1
+    ]  # fmt: skip
+    assert len(near) > 1
+    assert f"{len(near)} other feasible candidates within it" in page_of(run)
+    add_intervals(run, 0.0)
+    assert "No other feasible candidate lies within it." in page_of(run)
 
 
 def test_the_same_records_give_the_same_page(tmp_path: Path) -> None:

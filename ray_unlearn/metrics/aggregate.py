@@ -13,16 +13,29 @@ Row = tuple[str, str, str, str, str]
 """split, task, kind, expected, generated."""
 
 
-def task_terms(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
-    """Rows -> (terms, raw means, counts), each under split/task/metric; forget terms are 1 - raw."""
-    values: dict[str, list[float]] = {}
+def row_values(rows: Iterable[Row]) -> list[tuple[str, float]]:
+    """(split/task/metric, value) of each row, in order: ROUGE-L recall or exact match, nothing inverted."""
+    values = []
     for split, task, kind, expected, generated in rows:
         name, metric = KIND_METRIC[kind]
-        values.setdefault(f"{split}/{task}/{name}", []).append(metric(expected, generated))
-    keys = sorted(values)
-    raw = {key: fmean(values[key]) for key in keys}
+        values.append((f"{split}/{task}/{name}", metric(expected, generated)))
+    return values
+
+
+def task_terms(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Rows -> (terms, raw means, counts), each under split/task/metric; forget terms are 1 - raw."""
+    return cell_terms(row_values(rows))
+
+
+def cell_terms(values: Iterable[tuple[str, float]]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """task_terms of what row_values gave."""
+    cells: dict[str, list[float]] = {}
+    for cell, value in values:
+        cells.setdefault(cell, []).append(value)
+    keys = sorted(cells)
+    raw = {key: fmean(cells[key]) for key in keys}
     terms = {key: 1 - raw[key] if key.startswith("forget/") else raw[key] for key in keys}
-    return terms, raw, {key: len(values[key]) for key in keys}
+    return terms, raw, {key: len(cells[key]) for key in keys}
 
 
 def harmonic_mean(terms: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,17 @@ def _scores(target: Scores, best: Scores, reference: Scores | None) -> list[str]
     head = ("measure", "meaning", "rows", "before", "after", *(("retrained",) if reference else ()))
     lines = ["## Scores\n", "Both models on the same rows and documents.\n"]
     rows = score_rows(target, best, reference)
+    columns = 3 if reference else 2
     for group in dict.fromkeys(row.group for row in rows):
         cells = [
             (row.name, row.meaning, "" if row.count is None else row.count)
-            + tuple(_number(value) for value in ((row.target, row.best, row.reference)[: 3 if reference else 2]))
+            + tuple(map(_estimate, (row.target, row.best, row.reference)[:columns], row.intervals))
             for row in rows
             if row.group == group
         ]
         lines += [f"### {GROUPS.get(group, group)}\n", *_table(head, cells)]
+    if best.intervals:
+        lines.append("In brackets: 95 % bootstrap intervals over documents. They show no randomness of training.\n")
     if reference:
         lines.append("`retrained` is a model trained without the forget set: what perfect forgetting would score.\n")
     return lines
@@ -110,6 +114,10 @@ def _documents(counts: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
+
+
+def _estimate(value: float | None, interval: Sequence[float] | None) -> str:
+    return _number(value) + ("" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})")
 
 
 def _text(value: object) -> str:

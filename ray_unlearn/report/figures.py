@@ -50,6 +50,7 @@ def planes(
             _level(axes, least_utility, f"utility floor {least_utility:.2f}")
         drawn = [c for c in found if getattr(c.scores, x) is not None and getattr(c.scores, y) is not None]
         _points(axes, drawn, x, y, infeasible)
+        _bars(axes, [c.scores for c in drawn if c.id in front], x, y)
         rings = [(getattr(c.scores, x), getattr(c.scores, y)) for c in drawn if c.id in front]
         if rings:
             xs, ys = zip(*rings, strict=True)
@@ -101,8 +102,10 @@ def courses(
     return pictures
 
 
-def recipes(merges: Sequence[MergeRecord], *, best_snapshot: float | None, choice: str | None) -> list[Picture]:
-    """Density, lambda and weights of each scored merge against its final score."""
+def recipes(merges: Sequence[MergeRecord], *, best_snapshot: Scores | None, choice: str | None) -> list[Picture]:
+    """Density, lambda and weights of each scored merge against its final score, beside the best snapshot's."""
+    level = best_snapshot.final if best_snapshot else None
+    band = best_snapshot.intervals.get("final") if best_snapshot else None
     known = [(merge, merge.scores.final) for merge in merges if merge.scores and merge.scores.final is not None]
     pictures = []
     for key, name in (("densities", "density"), ("lambda", "lambda"), ("weights", "weight of each member")):
@@ -112,11 +115,13 @@ def recipes(merges: Sequence[MergeRecord], *, best_snapshot: float | None, choic
             continue
         figure, axes = _axes(4.1, 3.4)
         axes.set(xlabel=name, ylabel="final")
-        finals = [final for _, _, final in spans] + ([] if best_snapshot is None else [best_snapshot])
+        finals = [final for _, _, final in spans] + ([] if level is None else [level])
         margin = max(0.12 * (max(finals) - min(finals)), 0.01)
         axes.set_ylim(min(finals) - margin, max(finals) + margin)
-        if best_snapshot is not None:
-            _level(axes, best_snapshot)
+        if level is not None:
+            _level(axes, level)
+        if band is not None:
+            axes.axhspan(band[0], band[1], color=QUIET, alpha=0.13, linewidth=0, zorder=0)
         points = [(value, final) for _, values, final in spans for value in values]
         for identity, values, final in spans:
             chosen = identity == choice
@@ -169,6 +174,15 @@ def _points(axes: Axes, drawn: Sequence[Candidate], x: str, y: str, infeasible: 
                 face = "white" if hollow else colour
                 xs, ys = zip(*points, strict=True)
                 axes.scatter(xs, ys, marker=marker, s=size, facecolors=face, edgecolors=colour, alpha=0.85, zorder=3)
+
+
+def _bars(axes: Axes, scores: Sequence[Scores], x: str, y: str) -> None:
+    """Thin bars over the intervals of both objectives, behind the points; none where a record has no intervals."""
+    for one in scores:
+        if x in one.intervals and y in one.intervals:
+            at = getattr(one, x), getattr(one, y)
+            axes.plot(one.intervals[x], [at[1]] * 2, color=QUIET, linewidth=0.8, alpha=0.7, zorder=2)
+            axes.plot([at[0]] * 2, one.intervals[y], color=QUIET, linewidth=0.8, alpha=0.7, zorder=2)
 
 
 def _level(axes: Axes, value: float, text: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ def render(run: RunView) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, signed=_signed, duration=_duration)
+    environment.filters.update(number=_number, signed=_signed, duration=_duration, interval=_interval)
     final = run.final or {}
     model = _model_name(run.about["job"])
+    groups = _score_groups(run)
     view: dict[str, Any] = {
         "title": f"Unlearning of {model.rstrip('/').rpartition('/')[2]}",
         "run": run,
@@ -37,11 +39,14 @@ def render(run: RunView) -> str:
         "verdict": _verdict(run),
         "missing": _missing(run),
         "facts": _facts(run),
-        "scores": _score_groups(run),
+        "scores": groups,
+        "scores_have_intervals": any(row.intervals != (None, None, None) for group in groups for row in group["rows"]),
         "has_reference": bool(final.get("reference")),
         "planes": _planes(run),
         "recipes": _recipes(run),
         "candidates": _candidate_rows(run),
+        "has_intervals": any(c.scores.intervals for c in run.candidates),
+        "told_apart": _told_apart(run),
         "shown": SHOWN_CANDIDATES,
         "failures": _failures(run),
         "examples": _examples(final),
@@ -62,6 +67,10 @@ def _model_name(job: dict[str, Any]) -> str:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.3f} – {ends[1]:.3f}"
 
 
 def _signed(value: float | None) -> str:
@@ -209,12 +218,13 @@ def _courses(run: RunView) -> dict[str, Any]:
 
 
 def _recipes(run: RunView) -> list[figures.Picture]:
-    finals = [
-        c.scores.final
+    snapshots = [
+        c.scores
         for c in run.candidates
         if not isinstance(c.record, MergeRecord) and c.scores.final is not None and run.feasible(c.scores) is not False
     ]
-    return figures.recipes(run.merges, best_snapshot=max(finals, default=None), choice=run.choice)
+    best = max(snapshots, key=lambda scores: scores.final or 0.0, default=None)
+    return figures.recipes(run.merges, best_snapshot=best, choice=run.choice)
 
 
 def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
@@ -237,6 +247,20 @@ def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
         }
         for candidate in sorted(run.candidates, key=place)
     ]
+
+
+def _told_apart(run: RunView) -> str:
+    """How many other feasible candidates have a final score in the interval of the choice; empty where not known."""
+    chosen = next((c.scores for c in run.candidates if c.id == run.choice), None)
+    ends = chosen.intervals.get("final") if chosen else None
+    if chosen is None or ends is None:
+        return ""
+    others = [c.scores for c in run.candidates if c.id != run.choice and run.feasible(c.scores) is not False]
+    within = sum(scores.final is not None and ends[0] <= scores.final <= ends[1] for scores in others)
+    text = f"The choice's final of {_number(chosen.final)} has the 95 % interval {_interval(ends)}. "
+    if not within:
+        return text + "No other feasible candidate lies within it."
+    return text + f"{_count(within, 'other feasible candidate')} within it: differences this small may be noise."
 
 
 def _method(candidate: Candidate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ray_unlearn.records import Scores
@@ -39,6 +40,8 @@ class Row:
     count: int | None = None
     ideal: float | None = None
     """The value that is best, for a measure where higher is not better."""
+    intervals: tuple[Sequence[float] | None, ...] = (None, None, None)
+    """95 % intervals of target, best and reference."""
 
     @property
     def change(self) -> float | None:
@@ -47,13 +50,18 @@ class Row:
 
     @property
     def tone(self) -> str:
-        """`better`, `worse` or an empty string, for colour."""
-        if self.best is None or self.target is None:
+        """`better`, `worse` or an empty string, for colour; no colour where the intervals of the two overlap."""
+        if self.best is None or self.target is None or overlap(*self.intervals[:2]):
             return ""
         before, after = self.target, self.best
         if self.ideal is not None:
             before, after = -abs(before - self.ideal), -abs(after - self.ideal)
         return "" if abs(after - before) < 0.0005 else "better" if after > before else "worse"
+
+
+def overlap(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
+    """Whether both intervals are there and have a value in common."""
+    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
 def score_rows(target: Scores | None, best: Scores | None, reference: Scores | None = None) -> list[Row]:
@@ -67,6 +75,7 @@ def score_rows(target: Scores | None, best: Scores | None, reference: Scores | N
             best=getattr(best, key, None),
             reference=getattr(reference, key, None),
             ideal=0.5 if key == "mia_auc" else None,
+            intervals=tuple(scores.intervals.get(key) if scores else None for scores in (target, best, reference)),
         )
         for key, name, meaning in PARTS
     ]

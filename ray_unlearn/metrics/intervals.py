@@ -1,0 +1,212 @@
+"""Bootstrap intervals: documents are drawn with replacement, all resamples at once (Efron & Tibshirani 1993)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.metrics.aggregate import cell_terms, harmonic_mean
+from ray_unlearn.metrics.membership import auc, check_signals, mia_score
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RowValue:
+    """What one row scored: its cell (split/task/metric), its document, and the metric's value before any inversion."""
+
+    cell: str
+    document: str
+    value: float
+
+
+def document_id(row_id: str) -> str:
+    """The document a row belongs to: its id without `sc` or `qa` and the character after; other ids stand alone."""
+    return row_id[:-3] if row_id[:-1].endswith(("sc", "qa")) else row_id
+
+
+def with_documents(values: Sequence[tuple[str, float]], row_ids: Sequence[str]) -> list[RowValue]:
+    """What `row_values` gave, with the document of each row."""
+    return [RowValue(cell, document_id(row), value) for (cell, value), row in zip(values, row_ids, strict=True)]
+
+
+def resample(units: int, resamples: int, rng: np.random.Generator) -> Floats:
+    """[resamples, units]: how often each unit is drawn when as many as there are are drawn with replacement."""
+    drawn = rng.integers(0, units, size=(resamples, units)) + units * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * units).reshape(resamples, units).astype(np.float64)
+
+
+def limits(values: ArrayLike, estimate: float, level: float = LEVEL) -> list[float]:
+    """The bias-corrected percentile interval of resampled values (Efron 1981), widened to hold the estimate.
+
+    Resamples of a harmonic mean of small terms lie well below its estimate; plain percentiles then miss the truth
+    far more often than they should. The correction moves both quantiles by twice the estimate's own distance from
+    the resamples' median, in normal units; ties count half.
+    """
+    drawn, normal = np.asarray(values, dtype=np.float64), NormalDist()
+    least, rounding = 1 / len(drawn), 1e-12 * max(1.0, abs(estimate))
+    share = float(np.mean(drawn < estimate - rounding) + np.mean(drawn <= estimate + rounding)) / 2
+    shift = 2 * normal.inv_cdf(min(max(share, least), 1 - least))
+    reach = normal.inv_cdf((1 + level) / 2)
+    low, high = np.quantile(drawn, [normal.cdf(shift - reach), normal.cdf(shift + reach)])
+    return [min(float(low), estimate), max(float(high), estimate)]
+
+
+def ratio_interval(
+    totals: Sequence[float],
+    sizes: Sequence[float],
+    documents: Sequence[Hashable],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[float]:
+    """Interval of sum(totals) / sum(sizes) over rows, with documents as the units drawn.
+
+    Sizes of 1 make it a mean; token losses over token counts a mean token loss. Raises InputError for no rows.
+    """
+    if not len(totals):
+        raise InputError("an interval needs at least one row, got none.")
+    index = {document: place for place, document in enumerate(dict.fromkeys(documents))}
+    places = [index[document] for document in documents]
+    sums = np.stack([np.bincount(places, weights=np.asarray(part, float)) for part in (totals, sizes)], axis=1)
+    drawn = resample(len(index), resamples, np.random.default_rng(seed)) @ sums
+    return limits(drawn[:, 0] / drawn[:, 1], math.fsum(totals) / math.fsum(sizes))
+
+
+def aggregate_resamples(rows: Sequence[RowValue], resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """[resamples] task aggregates. Documents are drawn among those of the same split and task that have rows of the
+    same kinds, so that no cell of a resample is empty; all rows of a drawn document come with it."""
+    cells = {cell: place for place, cell in enumerate(sorted({row.cell for row in rows}))}
+    documents: dict[tuple[str, str], int] = {}
+    for row in rows:
+        documents.setdefault((row.cell.partition("/")[0], row.document), len(documents))
+    sums = np.zeros((2, len(documents), len(cells)))  # of the values, and of the rows
+    for row in rows:
+        sums[:, documents[row.cell.partition("/")[0], row.document], cells[row.cell]] += (row.value, 1)
+    strata: dict[bytes, list[int]] = {}
+    for place, counts in enumerate(sums[1]):
+        strata.setdefault((counts > 0).tobytes(), []).append(place)
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros((2, resamples, len(cells)))
+    for members in strata.values():
+        drawn += resample(len(members), resamples, rng) @ sums[:, members]
+    means = drawn[0] / drawn[1]
+    inverted = np.array([cell.startswith("forget/") for cell in cells])
+    return _harmonic_means(np.where(inverted, 1 - means, means))
+
+
+def _harmonic_means(terms: Floats) -> Floats:
+    """Of each row of terms; 0 where one of them is 0."""
+    positive = (terms > 0).all(axis=1)
+    return np.where(positive, terms.shape[1] / (1 / np.where(terms > 0, terms, 1.0)).sum(axis=1), 0.0)
+
+
+def membership_resamples(
+    members: Sequence[float],
+    nonmembers: Sequence[float],
+    *,
+    false_positives: float = 0.01,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Floats, Floats]:
+    """[resamples] AUCs and TPRs at a rate of false positives, of signals that are low for members.
+
+    Members and non-members are drawn separately. A member beats the non-members above it, and half of those level
+    with it; both counts are differences of the cumulated draws of the sorted non-members. The same documents in the
+    same order and the same seed give the same draws, whatever the signals, so two models' resamples are paired.
+    Raises InputError as `auc` does.
+    """
+    check_signals(members, nonmembers)
+    mine, others = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
+    order = np.argsort(others)
+    rng = np.random.default_rng(seed)
+    drawn = resample(len(mine), resamples, rng)
+    below = np.zeros((resamples, len(others) + 1))
+    np.cumsum(resample(len(others), resamples, rng)[:, order], axis=1, out=below[:, 1:])
+    under, upto = (below[:, np.searchsorted(others[order], mine, side)] for side in ("left", "right"))
+    areas = 1 - np.einsum("bm,bm->b", drawn, under + upto) / (2 * len(mine) * len(others))
+    accepted = upto <= false_positives * len(others) + 1e-9
+    return areas, np.einsum("bm,bm->b", drawn, accepted) / len(mine)
+
+
+def mia_score_interval(area: Sequence[float]) -> list[float]:
+    """The scores of all AUCs in an interval: 1 - 2 |AUC - 0.5|.
+
+    Quantiles of resampled scores would never reach 1, the value of perfect forgetting, since noise only lowers them.
+    """
+    ends = [mia_score(area[0]), mia_score(area[1])]
+    return [min(ends), 1.0 if area[0] <= 0.5 <= area[1] else max(ends)]
+
+
+def mean_of_parts(values: Sequence[float], intervals: Sequence[Sequence[float]]) -> list[float]:
+    """Interval of the mean of independently measured parts from those of the parts (MOVER, Zou & Donner 2008).
+
+    Each side's distances from the values add in squares.
+    """
+    mean = sum(values) / len(values)
+    down, up = (
+        math.sqrt(sum((part[side] - value) ** 2 for value, part in zip(values, intervals, strict=True))) / len(values)
+        for side in (0, 1)
+    )
+    return [mean - down, mean + up]
+
+
+def final_interval(
+    values: tuple[float, float, float], intervals: tuple[Sequence[float], Sequence[float], Sequence[float]]
+) -> list[float]:
+    """Interval of the final score from task aggregate, MIA AUC and utility with their intervals.
+
+    The score is the lesser of two smooth ones, with 1 - 2 (AUC - 0.5) and 1 + 2 (AUC - 0.5) for the MIA score, so
+    its ends are the lesser ends; the MIA score's own interval would not do, since its error has one sign near AUC 0.5.
+    """
+    (aggregate, area, utility), (of_aggregate, of_area, of_utility) = values, intervals
+    lows, highs = [], []
+    for slope in (2, -2, 0):  # 0: no MIA score is above 1
+        ends = sorted(1 - slope * (end - 0.5) for end in of_area)
+        parts = [aggregate, 1 - slope * (area - 0.5), utility]
+        low, high = mean_of_parts(parts, [of_aggregate, ends, of_utility])
+        lows.append(low)
+        highs.append(high)
+    return [min(lows), min(highs)]
+
+
+def objective_intervals(
+    rows: Sequence[RowValue] = (),
+    *,
+    members: Sequence[float] = (),
+    nonmembers: Sequence[float] = (),
+    right: Sequence[bool] = (),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """95 % intervals of what was measured: task_aggregate, mia_auc and mia_score, utility, and final if all were.
+
+    `rows` are the forget and retain rows, `members` and `nonmembers` mean losses of MIA documents, `right` says
+    of each utility question whether it was answered. An interval shows the noise of drawing rows, not that of
+    training; where all rows agree it has no width, which is no certainty. Raises InputError as `auc` does.
+    """
+    found: dict[str, list[float]] = {}
+    if len(rows):
+        aggregate = harmonic_mean(list(cell_terms((row.cell, row.value) for row in rows)[0].values()))
+        found["task_aggregate"] = limits(aggregate_resamples(rows, resamples, seed), aggregate)
+    if len(members) or len(nonmembers):
+        area = auc(members, nonmembers)
+        found["mia_auc"] = limits(membership_resamples(members, nonmembers, resamples=resamples, seed=seed)[0], area)
+        found["mia_score"] = mia_score_interval(found["mia_auc"])
+    if len(right):
+        utility = sum(right) / len(right)
+        drawn = np.random.default_rng(seed).binomial(len(right), utility, resamples)
+        found["utility"] = limits(drawn / len(right), utility)
+    if len(found) == 4:
+        ends = (found["task_aggregate"], found["mia_auc"], found["utility"])
+        found["final"] = final_interval((aggregate, area, utility), ends)
+    return found
