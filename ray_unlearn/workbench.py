@@ -6,14 +6,15 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.job import Job
+from ray_unlearn.evaluation import Evaluation, Scorer
+from ray_unlearn.job import Job, ResourcesPart
 from ray_unlearn.records import Example, Scores
-from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
+from ray_unlearn.scoring import EvalSet, EvalSettings, Unit, evaluate_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,42 @@ def _score(
     path = source.local()
     model = load_model(path, dtype).to(ray_device(threads))
     return evaluate_model(model, load_tokenizer(path), eval_set, settings)
+
+
+class ScoringActor:
+    """A Scorer in a Ray actor."""
+
+    def __init__(self, model: ModelSource, adapter: ModelSource | None, evaluation: Evaluation, threads: int) -> None:
+        adapter_path = adapter.local() if adapter is not None else None
+        self.scorer = Scorer(
+            model.local(),
+            adapter_path,
+            evaluation.dtype,
+            evaluation.data,
+            evaluation.settings,
+            ray_device(threads),
+        )
+
+    def compute(self, index: int, unit: Unit) -> tuple[int, list[Any]]:
+        """The unit's index and results."""
+        return index, self.scorer.compute(unit)
+
+
+def computed_by_actors(
+    evaluation: Evaluation, units: Sequence[Unit], missing: Sequence[int], resources: ResourcesPart, shared: bool
+) -> Iterator[tuple[int, list[Any]]]:
+    """(index, results) of the missing units as actors finish them; an actor that is free takes the next one."""
+    import ray
+    from ray.util import ActorPool
+
+    actor = ray.remote(ScoringActor).options(
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
+    )
+    sources = [ModelSource.of(path, shared) if path else None for path in (evaluation.model, evaluation.adapter)]
+    given = [ray.put(value) for value in (*sources, evaluation)]
+    threads = max(1, int(resources.cpus_per_worker))
+    pool = ActorPool([actor.remote(*given, threads) for _ in range(resources.workers)])
+    yield from pool.map_unordered(lambda a, index: a.compute.remote(index, units[index]), missing)
 
 
 def ray_device(threads: int) -> str:
