@@ -22,6 +22,8 @@ from ray_unlearn.forward import (
     vocabulary_of,
 )
 
+CACHE_BYTES = 2**30
+"""Memory that the decoding rows' keys and values may take, where `batch_size` rows do not take more."""
 Settled = Callable[[int, list[int]], bool]
 """(row, its new ids so far) -> whether the caller needs no more of them."""
 
@@ -78,7 +80,8 @@ def greedy(
 
     `drafts` are continuations that the model may make; they cost one pass and change nothing: what
     the model says is compared with them as ids, token by token, and from where it departs it is
-    decoded on, `batch_size` rows at a time. A `settled` row stops where it is.
+    decoded on. A pass over prompts has `batch_size` rows, a step of decoding as many as CACHE_BYTES
+    hold, and not fewer. A `settled` row stops where it is.
     Raises InputError for logits that are NaN, and where nothing could end a row.
     """
     stops = _stops(model, tokenizer)
@@ -107,18 +110,20 @@ class _Decoder:
 
         self.model, self.pad, self.stops, self.batch_size, self.settled = model, pad, stops, batch_size, settled
         self.device = device_of(model)
-        self.cache = SlotCache(batch_size, self.device)
+        self.cache = SlotCache(self.device)
+        self.slots = batch_size
         self.active: list[_Row] = []
 
     def run(self, rows: Sequence[_Row]) -> None:
         """Fills `new` of every row."""
         waiting = deque(sorted(rows, key=lambda row: (row.length, row.index)))
+        longest = max((len(row.prompt) + row.limit for row in rows), default=0)
         while waiting or self.active:
-            free = self.batch_size - len(self.active)
+            free = min(self.batch_size, self.slots - len(self.active))
             if waiting and 2 * free >= self.batch_size:
-                self._verify(self._take(waiting, free))
+                self._verify(self._take(waiting, free), longest)
             else:
-                self._decode(until=self.batch_size // 2 if waiting else 0)
+                self._decode(until=self.slots - -(-self.batch_size // 2) if waiting else 0)
 
     def _take(self, waiting: deque[_Row], free: int) -> list[_Row]:
         """The next rows, as many as fit into the slots, a pass and its logits."""
@@ -133,9 +138,9 @@ class _Decoder:
             group.append(waiting.popleft())
         return group
 
-    def _verify(self, group: list[_Row]) -> None:
+    def _verify(self, group: list[_Row], longest: int) -> None:
         """One pass over prompts and drafts; rows that depart from theirs move into the slots."""
-        from ray_unlearn.kv_cache import whole_cache
+        from ray_unlearn.kv_cache import bytes_of_token, whole_cache
 
         places = [(i, len(row.prompt) - 1 + k) for i, row in enumerate(group) for k in range(len(row.draft) + 1)]
         where = torch.tensor(places, device=self.device)
@@ -143,6 +148,7 @@ class _Decoder:
         logits, cache = picked_logits(
             self.model, where[:, 0], where[:, 1], input_ids=ids, past_key_values=whole_cache(), use_cache=True
         )
+        self.slots = max(self.batch_size, CACHE_BYTES // (bytes_of_token(cache) * longest))
         said = iter(most_probable(logits).tolist())
         going: list[int] = []
         for i, row in enumerate(group):

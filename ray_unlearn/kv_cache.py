@@ -19,8 +19,7 @@ class SlotCache(Cache):
     step writes in place. What stands beyond a row's length is masked by the caller.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self.slots = slots
+    def __init__(self, device: torch.device) -> None:
         self.lengths = torch.zeros(0, dtype=torch.long, device=device)
         self.width = 0
         self.layers: list[Any]
@@ -35,7 +34,7 @@ class SlotCache(Cache):
             self.layers = [_SlotLayer(self, layer.keys, layer.values) for layer in filled.layers]
         index = self.lengths.new_tensor(rows)
         for mine, theirs in zip(self.layers, filled.layers, strict=True):
-            mine.reserve(self.width + 1)
+            mine.reserve(used + len(rows), self.width + 1)
             width = max(lengths)
             mine.keys[used : used + len(rows), :, :width] = theirs.keys[index, :, :width]
             mine.values[used : used + len(rows), :, :width] = theirs.values[index, :, :width]
@@ -67,22 +66,22 @@ class _SlotLayer(DynamicLayer):
         super().__init__()
         self.owner = owner
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys = keys.new_zeros(owner.slots, keys.shape[1], 0, keys.shape[3])
-        self.values = values.new_zeros(owner.slots, values.shape[1], 0, values.shape[3])
+        self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[3])
+        self.values = values.new_zeros(0, values.shape[1], 0, values.shape[3])
         self.is_initialized = True
 
-    def reserve(self, columns: int) -> None:
-        """Room for so many columns at least. What is unused is zero: a masked NaN would still spoil a row."""
-        missing = columns - self.keys.shape[2]
-        if missing > 0:
-            grown = (0, 0, 0, missing + COLUMNS)
+    def reserve(self, slots: int, columns: int) -> None:
+        """Room for so many slots and columns at least. What is unused is zero: a masked NaN would still spoil a row."""
+        more_slots, more_columns = max(0, slots - self.keys.shape[0]), max(0, columns - self.keys.shape[2])
+        if more_slots or more_columns:
+            grown = (0, 0, 0, more_columns + COLUMNS if more_columns else 0, 0, 0, 0, more_slots)
             self.keys = torch.nn.functional.pad(self.keys, grown)
             self.values = torch.nn.functional.pad(self.values, grown)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes one token of each row at its length; returns the columns in use."""
         rows, width = key_states.shape[0], self.owner.width + 1
-        self.reserve(width)
+        self.reserve(rows, width)
         slots = torch.arange(rows, device=self.device)
         self.keys[slots, :, self.owner.lengths] = key_states[:, :, 0]
         self.values[slots, :, self.owner.lengths] = value_states[:, :, 0]
@@ -91,6 +90,11 @@ class _SlotLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Columns before the one that the next step writes."""
         return self.owner.width
+
+
+def bytes_of_token(cache: Any) -> int:
+    """Memory of one token's keys and values in all layers."""
+    return sum(states[0, :, 0].nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 def whole_cache() -> Any:

@@ -95,7 +95,7 @@ def drafts_of(rng, free, vocabulary):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_drafts_change_nothing_at_any_batch_size_and_with_any_ends(tiny, seed):
+def test_drafts_change_nothing_at_any_batch_size_and_with_any_ends(tiny, seed, monkeypatch):
     rng = random.Random(seed)
     texts = [row["input"] for row in tiny.data.forget] + PROMPTS
     prompts = tokens_of(tiny, rng.sample(texts, 14))
@@ -103,7 +103,8 @@ def test_drafts_change_nothing_at_any_batch_size_and_with_any_ends(tiny, seed):
     model = ending_model(tiny, [rng.choice(row[3:]) for row in free[:4]])
     expected = [by_generate(tiny, prompt, 24, model) for prompt in prompts]
     assert len({len(row) for row in expected}) > 2
-    for size in (1, 3, 5, 64):
+    for size, room in ((1, 1), (3, 1), (5, 2**30), (64, 1)):
+        monkeypatch.setattr(decoding, "CACHE_BYTES", room)
         drafts = drafts_of(rng, expected, len(tiny.tokenizer))
         assert greedy(model, prompts, 24, tiny.tokenizer, drafts, batch_size=size) == expected
 
@@ -125,10 +126,16 @@ def test_rows_that_say_their_drafts_cost_one_pass(tiny):
     assert len(calls) == 1
 
 
-def test_rows_that_end_leave_the_batch_and_others_take_their_place(tiny):
+def test_rows_that_end_leave_the_batch_and_others_take_their_place(tiny, monkeypatch):
     prompts = tokens_of(tiny, [row["input"] for row in tiny.data.forget])[:12]
     model, calls = counting(tiny)
-    assert greedy(model, prompts, 6, tiny.tokenizer, batch_size=4) == [by_generate(tiny, p, 6) for p in prompts]
+    expected = [by_generate(tiny, prompt, 6) for prompt in prompts]
+    assert greedy(model, prompts, 6, tiny.tokenizer, batch_size=4) == expected
+    assert [rows for rows, columns in calls] == [4] * 3 + [12] * 5  # memory for all of them: steps take them together
+    calls.clear()
+    monkeypatch.setattr(decoding, "CACHE_BYTES", 1)
+    drafts = [row[: i % 5] for i, row in enumerate(expected)]
+    assert greedy(model, prompts, 6, tiny.tokenizer, drafts, batch_size=4) == expected
     assert max(rows for rows, _ in calls) == 4
     calls.clear()
     ended = greedy(model, prompts, 40, tiny.tokenizer, settled=lambda index, new: len(new) >= (30 if index == 3 else 2))
