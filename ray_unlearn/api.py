@@ -86,7 +86,8 @@ def evaluate(
         claim_file(file)
     if official:
         settings = {**settings, "max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
-        dtype = "bfloat16" if gpus_per_worker > 0 or (workers == 1 and device() == "cuda") else "float32"
+        on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
+        dtype = "bfloat16" if on_gpu else "float32"
     chosen = EvalSettings(**settings)
     check_model(model)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)

@@ -80,7 +80,7 @@ class Evaluation:
             from ray_unlearn.workbench import computed_by_actors
 
             log(f"{workers} workers")
-            yield from computed_by_actors(self, units, missing, resources, shared=started_here)
+            yield from computed_by_actors(self, units, missing, resources, started_here, log)
 
 
 class Scorer:

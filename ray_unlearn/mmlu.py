@@ -139,6 +139,9 @@ def cloze_choices(model: Any, tokenizer: Any, questions: Sequence[Question], bat
     rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
     longest = max((len(row.ids) for row in rows), default=0)
     _check_context([max(len(row.ids) for row in rows[i : i + 4]) for i in range(0, len(rows), 4)], context_of(model))
+    for number, row in enumerate(rows):
+        if len(row.ids) == row.prompt:
+            raise InputError(f"option {'ABCD'[number % 4]} of MMLU question {number // 4 + 1} has no token to score.")
     pad = tokenizer.pad_token_id
     if not remembers_all(model, longest):
         losses = row_losses(model, pad, rows, batch_size, "answer")

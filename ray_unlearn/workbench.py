@@ -6,11 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, Scorer
 from ray_unlearn.job import Job, ResourcesPart
 from ray_unlearn.records import Example, Scores
@@ -116,28 +117,39 @@ def _score(
 
 
 class ScoringActor:
-    """A Scorer in a Ray actor."""
+    """A Scorer in a Ray actor, loaded with its first unit: what is wrong with it is then that unit's error."""
 
-    def __init__(self, model: ModelSource, adapter: ModelSource | None, evaluation: Evaluation, threads: int) -> None:
-        adapter_path = adapter.local() if adapter is not None else None
-        self.scorer = Scorer(
-            model.local(),
-            adapter_path,
-            evaluation.dtype,
-            evaluation.data,
-            evaluation.settings,
-            ray_device(threads),
-        )
+    def __init__(self) -> None:
+        self.scorer: Scorer | None = None
+        self.notes: list[str] = []
 
-    def compute(self, index: int, unit: Unit) -> tuple[int, list[Any]]:
-        """The unit's index and results."""
-        return index, self.scorer.compute(unit)
+    def compute(self, index: int, unit: Unit, inputs: list[Any], threads: int) -> tuple[int, list[Any], list[str]]:
+        """The unit's index and results, and what there was to say. `inputs` are Ray references to the model's and
+        the adapter's ModelSource and to the Evaluation; they come with every call, for an actor that starts again."""
+        if self.scorer is None:
+            import ray
+
+            model, adapter, work = ray.get(inputs)
+            adapter_path = adapter.local() if adapter is not None else None
+            device = ray_device(threads)
+            self.scorer = Scorer(
+                model.local(), adapter_path, work.dtype, work.data, work.settings, device, self.notes.append
+            )
+        return index, self.scorer.compute(unit), self.notes
 
 
 def computed_by_actors(
-    evaluation: Evaluation, units: Sequence[Unit], missing: Sequence[int], resources: ResourcesPart, shared: bool
+    evaluation: Evaluation,
+    units: Sequence[Unit],
+    missing: Sequence[int],
+    resources: ResourcesPart,
+    shared: bool,
+    log: Callable[[str], None],
 ) -> Iterator[tuple[int, list[Any]]]:
-    """(index, results) of the missing units as actors finish them; an actor that is free takes the next one."""
+    """(index, results) of the missing units as actors finish them; an actor that is free takes the next one.
+
+    Raises the InputError that an actor raised.
+    """
     import ray
     from ray.util import ActorPool
 
@@ -145,10 +157,21 @@ def computed_by_actors(
         num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
     )
     sources = [ModelSource.of(path, shared) if path else None for path in (evaluation.model, evaluation.adapter)]
-    given = [ray.put(value) for value in (*sources, evaluation)]
+    inputs = [ray.put(value) for value in (*sources, evaluation)]
     threads = max(1, int(resources.cpus_per_worker))
-    pool = ActorPool([actor.remote(*given, threads) for _ in range(resources.workers)])
-    yield from pool.map_unordered(lambda a, index: a.compute.remote(index, units[index]), missing)
+    pool = ActorPool([actor.remote() for _ in range(resources.workers)])
+    said: set[str] = set()
+    try:
+        for index, found, notes in pool.map_unordered(
+            lambda a, index: a.compute.remote(index, units[index], inputs, threads), missing
+        ):
+            for note in notes:
+                if note not in said:
+                    log(note)
+            said.update(notes)
+            yield index, found
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError) else error) from None
 
 
 def ray_device(threads: int) -> str:

@@ -282,6 +282,10 @@ def test_questions_that_cannot_be_asked_are_refused(tiny):
         with pytest.raises(InputError, match="NaN on MMLU"):
             mmlu_choices(model, tiny.tokenizer, questions(tiny, 2), {}, EvalSettings(mmlu_mode=mode))
 
+    empty = Question("towns", "Which is ", ("a", "b", "", "d"), 0)
+    with pytest.raises(InputError, match="option C of MMLU question 1 has no token to score"):
+        mmlu_choices(tiny.model, tiny.tokenizer, [empty], {}, EvalSettings(mmlu_mode="cloze"))
+
     class Same:
         def __call__(self, text, **options):
             return {"input_ids": [3]}
