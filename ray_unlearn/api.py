@@ -40,6 +40,7 @@ from ray_unlearn.records import (
 from ray_unlearn.scoring import EvalSet, EvalSettings, make_scores
 
 OFFICIAL_TERMS = 12
+OFFICIAL = {"max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
 MERGE_FILE = "merge.json"
 
 
@@ -80,12 +81,14 @@ def evaluate(
     """
     if (mia_member is None) != (mia_nonmember is None):
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
+    if losses is not None and mia_member is None:
+        raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     for file in (out, predictions, losses):
         claim_file(file)
     if official:
-        settings = {**settings, "max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
+        settings |= OFFICIAL
         on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
         dtype = "bfloat16" if on_gpu else "float32"
     chosen = EvalSettings(**settings)
@@ -99,7 +102,7 @@ def evaluate(
     scores = measured.scores(data, chosen, dtype)
     if predictions is not None:
         write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in _predictions(data, measured.texts)))
-    if losses is not None and measured.losses:
+    if losses is not None:
         count = len(data.members)
         write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
     if out is not None:
@@ -110,12 +113,11 @@ def evaluate(
 def _predictions(data: EvalSet, texts: Sequence[str]) -> Iterator[dict[str, str]]:
     """Rows of predictions.jsonl."""
     for index, (row, text) in enumerate(zip([*data.forget, *data.retain], texts, strict=True)):
-        split = "forget" if index < len(data.forget) else "retain"
         yield {
             "id": row.id,
             "task": row.task,
             "kind": row.kind,
-            "split": split,
+            "split": "forget" if index < len(data.forget) else "retain",
             "expected_output": row.output,
             "model_output": text,
         }

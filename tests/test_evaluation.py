@@ -174,6 +174,8 @@ def test_official_fixes_the_settings_and_demands_terms_and_examples(place, tmp_p
 def test_a_row_beyond_the_context_and_no_workers_are_refused(place, tmp_path):
     with pytest.raises(InputError, match=r"row 'f1000sc1': its prompt has \d+ tokens, and the model's context is 512"):
         api.evaluate(**options(place, forget=str(too_long(place, tmp_path))))
+    with pytest.raises(InputError, match="--losses are those of the MIA's documents"):
+        api.evaluate(**options(place, mia_member=None, mia_nonmember=None), losses=tmp_path / "losses.json")
     with pytest.raises(InputError, match="--workers must be at least 1, got 0"):
         api.evaluate(**options(place), workers=0)
 
