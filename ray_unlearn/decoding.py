@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,13 @@ import torch
 from ray_unlearn.errors import InputError
 from ray_unlearn.forward import (
     MAX_LOGITS,
-    MAX_TOKENS,
     context_of,
     device_of,
     most_probable,
     picked_logits,
     remembers_all,
     right_padded,
+    share_a_pass,
     vocabulary_of,
 )
 
@@ -127,16 +128,11 @@ class _Decoder:
 
     def _take(self, waiting: deque[_Row], free: int) -> list[_Row]:
         """The next rows, as many as fit into the slots, a pass and its logits."""
-        group: list[_Row] = []
-        most = MAX_LOGITS // vocabulary_of(self.model)
-        logits = 0
-        while waiting and len(group) < free:
-            row = waiting[0]
-            logits += len(row.draft) + 1
-            if group and ((len(group) + 1) * row.length > MAX_TOKENS or logits > most):
-                break
-            group.append(waiting.popleft())
-        return group
+        candidates = list(itertools.islice(waiting, free))
+        logits = itertools.accumulate(len(row.draft) + 1 for row in candidates)
+        room = sum(count <= MAX_LOGITS // vocabulary_of(self.model) for count in logits)
+        count = share_a_pass([row.length for row in candidates[: max(1, room)]])
+        return [waiting.popleft() for _ in range(count)]
 
     def _verify(self, group: list[_Row], longest: int) -> None:
         """One pass over prompts and drafts; rows that depart from theirs move into the slots."""

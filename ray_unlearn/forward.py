@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,10 @@ from ray_unlearn.errors import InputError
 
 MAX_TOKENS = 4096
 """Tokens in one forward pass, padding included."""
+FEW_TOKENS = 256
+"""A pass of fewer tokens costs hardly less: up to here any padding is taken."""
+MAX_PADDED = 1.125
+"""Tokens of a larger pass, padding included, for each of its rows' own."""
 MAX_LOGITS = 2**27
 """Logits formed at once: 512 MiB in float32."""
 ATTENTION = ("full_attention", "sliding_attention")
@@ -50,13 +56,24 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
 
 
 def batches(lengths: Sequence[int], size: int, max_tokens: int) -> list[list[int]]:
-    """Indices by ascending length in groups of at most `size` rows and, padded, `max_tokens` tokens (but one row)."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if not groups or len(groups[-1]) == size or (len(groups[-1]) + 1) * lengths[index] > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
+    """Indices by ascending length in groups of at most `size` rows that share a pass."""
+    waiting = deque(sorted(range(len(lengths)), key=lambda i: (lengths[i], i)))
+    groups = []
+    while waiting:
+        count = share_a_pass([lengths[i] for i in itertools.islice(waiting, size)], max_tokens)
+        groups.append([waiting.popleft() for _ in range(count)])
     return groups
+
+
+def share_a_pass(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> int:
+    """How many of these rows, by ascending length, one pass takes: at least one, within `max_tokens` and MAX_PADDED."""
+    own = 0
+    for count, length in enumerate(lengths):
+        own += length
+        padded = (count + 1) * length
+        if count and padded > min(max_tokens, max(FEW_TOKENS, MAX_PADDED * own)):
+            return count
+    return len(lengths)
 
 
 def device_of(model: Any) -> torch.device:
