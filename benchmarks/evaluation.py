@@ -1,7 +1,7 @@
 """Evaluation beside the plain loop that it must equal: one row after another through `model.generate`.
 
     python benchmarks/evaluation.py --model MODEL --forget forget.jsonl --retain retain.jsonl [--rows 100]
-        [--mia-member M --mia-nonmember N] [--mmlu DIR --questions 40] [--threads 2]
+        [--mia-member M --mia-nonmember N] [--mmlu DIR] [--threads 2]
 
 In one process and in turn, on the same rows: seconds of both and their ratio, by the clock and by the processor's
 time (on a busy machine the truer one), the floor (one prefill of each row, alone), and how many rows differ.
@@ -19,7 +19,6 @@ import torch
 from ray_unlearn.api import eval_set
 from ray_unlearn.data import Question
 from ray_unlearn.generation import decode
-from ray_unlearn.inputs import sample_questions
 from ray_unlearn.mmlu import mmlu_prompt
 from ray_unlearn.models import load_model, load_tokenizer
 from ray_unlearn.records import Example
@@ -78,6 +77,13 @@ def plain_choices(
     return choices
 
 
+def some_questions(data: EvalSet, subjects: int, questions: int) -> list[Question]:
+    """The first questions of some subjects: a whole MMLU shares each subject's examples among a hundred and more."""
+    names = sorted(data.dev)
+    chosen = names[:: max(1, len(names) // subjects)][:subjects]
+    return [q for name in chosen for q in [q for q in data.questions if q.subject == name][:questions]]
+
+
 def ours(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings) -> Measured:
     units = plan(data, settings)
     return Measured.of(units, [compute(unit, model, tokenizer, data, settings) for unit in units])
@@ -115,7 +121,8 @@ def main() -> None:
     for name in ("adapter", "mia-member", "mia-nonmember", "mmlu"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rows", type=int, help="rows of each split (default: all)")
-    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--subjects", type=int, default=3, help="MMLU subjects, evenly spread over the folder")
+    parser.add_argument("--questions", type=int, default=20, help="questions of each subject; real ones have 100 up")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -136,7 +143,7 @@ def main() -> None:
             gap = max(abs(x - y) for x, y in zip(measured.losses, expected, strict=True))
             show("losses", plain, fast, f"largest difference {gap:.1e} over {len(expected)} documents")
         if data.questions:
-            asked = EvalSet(questions=sample_questions(data.questions, a.questions, 0), dev=data.dev)
+            asked = EvalSet(questions=some_questions(data, a.subjects, a.questions), dev=data.dev)
             fast, measured = timed(lambda: ours(model, tokenizer, asked, settings))
             plain, chosen = timed(lambda: plain_choices(model, tokenizer, asked.questions, asked.dev, a.shots))
             differ = sum(x != y for x, y in zip(measured.choices, chosen, strict=True))
