@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,23 @@ from ray_unlearn.data import (
     row_problem,
 )
 from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation import Evaluation, device
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models import check_model, load_model, load_tokenizer
-from ray_unlearn.records import Example, Scores, TrialRecord, claim_directory, claim_file, load_records, write_json
-from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model, make_scores
+from ray_unlearn.records import (
+    Example,
+    Scores,
+    TrialRecord,
+    claim_directory,
+    claim_file,
+    load_records,
+    write_json,
+    write_text,
+)
+from ray_unlearn.scoring import EvalSet, EvalSettings, make_scores
 
 OFFICIAL_TERMS = 12
+OFFICIAL = {"max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
 MERGE_FILE = "merge.json"
 
 
@@ -46,31 +57,76 @@ def evaluate(
     dtype: str = "float32",
     skip_bad_rows: bool = False,
     out: str | Path | None = None,
+    predictions: str | Path | None = None,
+    losses: str | Path | None = None,
+    cache: str | Path | None = None,
+    workers: int = 1,
+    gpus_per_worker: float = 0,
+    address: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Scores:
-    """Scores one model in this process; `settings` are EvalSettings. Writes scores.json to `out` where given."""
+    """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
+
+    With one worker it runs in this process, with more on as many Ray actors; the scores are the
+    same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
+    computed again.
+
+    `official` is the shared task's procedure: its twelve terms, raw prompts, greedy decoding of 256
+    tokens, no cut but the context's end, 5-shot letters on MMLU, bfloat16 (float32 where there is no
+    GPU). Left out are its accidents: results read back from CSV, where an empty generation and the
+    texts NA and None become `nan`; rows that several processes score twice to fill their shares; and
+    pandas' reading of MMLU, which writes a column of numbers anew (2 as 2.0). Its loss of input and
+    output joined without a space enters no score and is not computed.
+    """
     if (mia_member is None) != (mia_nonmember is None):
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
-    claim_file(out)
+    if losses is not None and mia_member is None:
+        raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
+    if workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}.")
+    for file in (out, predictions, losses):
+        claim_file(file)
     if official:
-        settings = {**settings, "max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
+        settings |= OFFICIAL
+        on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
+        dtype = "bfloat16" if on_gpu else "float32"
     chosen = EvalSettings(**settings)
     check_model(model)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
     if official:
         _check_official({f"{e.task}/{e.kind}" for e in data.forget})
-    loaded = load_model(model, dtype, adapter).to(_device())
-    scores, _ = evaluate_model(loaded, load_tokenizer(model), data, chosen, log=log)
+        _check_shots(data, chosen.mmlu_shots)
+    job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
+    measured = job.measure(workers, gpus_per_worker, address, cache, log)
+    scores = measured.scores(data, chosen, dtype)
+    if predictions is not None:
+        write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in _predictions(data, measured.texts)))
+    if losses is not None:
+        count = len(data.members)
+        write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores
 
 
-def _device() -> str:
-    import torch
+def _predictions(data: EvalSet, texts: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of predictions.jsonl."""
+    for index, (row, text) in enumerate(zip([*data.forget, *data.retain], texts, strict=True)):
+        yield {
+            "id": row.id,
+            "task": row.task,
+            "kind": row.kind,
+            "split": "forget" if index < len(data.forget) else "retain",
+            "expected_output": row.output,
+            "model_output": text,
+        }
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _check_shots(data: EvalSet, shots: int) -> None:
+    short = [f"{subject} has {len(dev)}" for subject, dev in data.dev.items() if len(dev) < shots]
+    if short:
+        raise InputError(f"--official asks MMLU with {shots} examples of each subject; {'; '.join(short[:5])}.")
 
 
 def eval_set(
@@ -114,13 +170,22 @@ def score(
     mia: str | Path | None = None,
     mmlu_accuracy: float | None = None,
     official: bool = False,
+    forget: str | None = None,
+    retain: str | None = None,
     out: str | Path | None = None,
 ) -> Scores:
-    """Scores a predictions file; needs no model, Ray or GPU. Writes scores.json to `out` where given."""
+    """Scores a predictions file; needs no model, Ray or GPU. Writes scores.json to `out` where given.
+
+    With the `forget` and `retain` files that were asked, every row of theirs must be there.
+    """
     from ray_unlearn.metrics import auc
 
     claim_file(out)
-    rows = _read_predictions(predictions)
+    if (forget is None) != (retain is None):
+        raise InputError("give both --forget and --retain, or neither.")
+    rows, places = _read_predictions(predictions)
+    if forget is not None and retain is not None:
+        _check_complete(str(predictions), places, {"forget": forget, "retain": retain})
     splits = {
         split: [Example(id="", input="", output="", task=row[1], kind=row[2]) for row in rows if row[0] == split]
         for split in ("forget", "retain")
@@ -137,8 +202,25 @@ def score(
     return scores
 
 
-def _read_predictions(given: str | Path) -> list[tuple[str, str, str, str, str]]:
-    """(split, task, kind, expected, generated) of each row; all problems at once."""
+def _check_complete(name: str, places: dict[tuple[str, str], str], files: dict[str, str]) -> None:
+    """Refuses predictions that miss a row of the files they answer, have one more, or expect another output."""
+    pair = dict(zip(files, load_pair(files["forget"], files["retain"]), strict=True))
+    asked = {(split, row.id): row.output for split, loaded in pair.items() for row in loaded.examples}
+    problems = [f"{split} row {row!r} is missing" for split, row in asked if (split, row) not in places]
+    problems += [f"{split} row {row!r} is not in {files[split]}" for split, row in places if (split, row) not in asked]
+    problems += [
+        f"{split} row {row!r} expects {expected!r:.60}, and {files[split]} has {asked[split, row]!r:.60}"
+        for (split, row), expected in places.items()
+        if asked.get((split, row), expected) != expected
+    ]
+    if problems:
+        raise InputError(listing(f"problems with the rows of {name}", problems, "Predict each row once."))
+
+
+def _read_predictions(
+    given: str | Path,
+) -> tuple[list[tuple[str, str, str, str, str]], dict[tuple[str, str], str]]:
+    """(split, task, kind, expected, generated) of each row, and its expected output by (split, id)."""
     path = find_file(given, "predictions")
     good, problems = [], []
     seen: dict[tuple[str, str], int] = {}
@@ -153,7 +235,7 @@ def _read_predictions(given: str | Path) -> list[tuple[str, str, str, str, str]]
         raise InputError(listing("bad rows", problems, "Mend them."))
     if not good:
         raise InputError(f"{path} has no rows; at least one is needed.")
-    return good
+    return good, {key: row[3] for key, row in zip(seen, good, strict=True)}
 
 
 def _prediction_problem(row: Any, seen: dict[tuple[str, str], int]) -> str | None:

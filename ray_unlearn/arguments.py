@@ -144,8 +144,23 @@ def _add_evaluate(commands: Any) -> None:
     p.add_argument("--mia-member", metavar="F")
     p.add_argument("--mia-nonmember", metavar="F")
     p.add_argument("--mmlu", metavar="DIR")
-    p.add_argument("--official", action="store_true", help="demand the shared task's twelve terms and its settings")
+    p.add_argument(
+        "--official",
+        action="store_true",
+        help="the organisers' procedure: twelve terms, 256 tokens, 5-shot letters, bfloat16 on a GPU",
+    )
     _eval_options(p)
+    p.add_argument("--predictions", metavar="P.jsonl", help="write each row's generation, as `score` reads it")
+    p.add_argument("--losses", metavar="losses.json", help="write each MIA document's loss, as `score --mia` reads it")
+    p.add_argument("--workers", type=int, default=1, help="Ray actors that share the work (default: this process)")
+    p.add_argument("--gpus-per-worker", type=float, default=0)
+    p.add_argument("--address", metavar="RAY")
+    p.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where finished parts are kept, and found again by the same command (default: .evaluations beside --out)",
+    )
+    p.add_argument("--no-cache", action="store_true", help="compute everything anew and keep nothing")
     _json(p)
     p.add_argument("--out", required=True, metavar="scores.json")
 
@@ -161,6 +176,8 @@ def _add_score(commands: Any) -> None:
     p.add_argument("--mia", metavar="losses.json")
     p.add_argument("--mmlu-accuracy", type=float, metavar="X")
     p.add_argument("--official", action="store_true", help="demand the shared task's twelve terms")
+    p.add_argument("--forget", metavar="F", help="the rows that were asked: each must be predicted, once")
+    p.add_argument("--retain", metavar="R")
     _json(p)
     p.add_argument("--out", required=True, metavar="scores.json")
 

@@ -147,6 +147,12 @@ def _evaluate(a: argparse.Namespace) -> int:
         dtype=a.dtype,
         skip_bad_rows=a.skip_bad_rows,
         out=a.out,
+        predictions=a.predictions,
+        losses=a.losses,
+        cache=None if a.no_cache else a.cache or Path(a.out).parent / ".evaluations",
+        workers=a.workers,
+        gpus_per_worker=a.gpus_per_worker,
+        address=a.address,
         log=Progress().line,
         **_evaluation(a),
     )
@@ -157,7 +163,15 @@ def _evaluate(a: argparse.Namespace) -> int:
 def _score(a: argparse.Namespace) -> int:
     from ray_unlearn.api import score
 
-    scores = score(a.predictions, mia=a.mia, mmlu_accuracy=a.mmlu_accuracy, official=a.official, out=a.out)
+    scores = score(
+        a.predictions,
+        mia=a.mia,
+        mmlu_accuracy=a.mmlu_accuracy,
+        official=a.official,
+        forget=a.forget,
+        retain=a.retain,
+        out=a.out,
+    )
     _print(scores.to_json()) if a.json else print(f"{_shown(scores)}  {a.out}")
     return 0
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ray_unlearn import metrics
-from ray_unlearn.data import Encoded, Question, by_length, collate, encode
-from ray_unlearn.decoding import greedy
+from ray_unlearn import generation, likelihood, metrics, mmlu
+from ray_unlearn.data import Encoded, Question
 from ray_unlearn.errors import InputError
 from ray_unlearn.records import Example, Scores
 
@@ -77,19 +77,141 @@ class Shard:
 
 
 ALONE = Shard()
-MAX_LOGIT_POSITIONS = 4096
-CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
+BATCHES_IN_UNIT = 4
+Log = Callable[[str], None]
+
+
+# -- the work, in units --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A share of an evaluation that is computed as a whole: indices into the rows, documents or questions.
+
+    Units depend on data and settings alone, so results are the same whoever computes which.
+    """
+
+    part: str
+    """`texts` (of the forget rows, then the retain rows), `losses` (members, then the others) or `choices`."""
+    rows: tuple[int, ...]
+
+
+def plan(data: EvalSet, settings: EvalSettings) -> list[Unit]:
+    """All units of an evaluation, each of a few batches."""
+    size = BATCHES_IN_UNIT * settings.batch_size
+    rows = [*data.forget, *data.retain]
+    documents = [*data.members, *data.nonmembers] if data.members and data.nonmembers else []
+    parts = {
+        "texts": _dealt([len(row.input) + len(row.output) for row in rows], size),
+        "losses": _dealt([len(document) for document in documents], size),
+        "choices": _by_subject(data.questions, size),
+    }
+    return [Unit(part, tuple(indices)) for part, groups in parts.items() for indices in groups]
+
+
+def _dealt(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in groups of at most `size`, each with its share of short and long ones."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = -(-len(order) // size)
+    return [order[group::groups] for group in range(groups)]
+
+
+def _by_subject(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Indices in groups of at most `size`; a subject's questions stay together as far as they fit."""
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].subject, i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def compute(
+    unit: Unit, model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, exact_texts: bool = True
+) -> list[Any]:
+    """The unit's results, one for each of its rows: a text, a loss, or the index of an option."""
+    with scoring_mode(model):
+        if unit.part == "texts":
+            rows = [*data.forget, *data.retain]
+            return generation.continuations(
+                model,
+                tokenizer,
+                [rows[i] for i in unit.rows],
+                settings.max_new_tokens,
+                settings.batch_size,
+                exact_texts,
+            )
+        if unit.part == "losses":
+            documents = [*data.members, *data.nonmembers]
+            return document_losses(model, tokenizer, [documents[i] for i in unit.rows], settings)
+        return mmlu_choices(model, tokenizer, [data.questions[i] for i in unit.rows], data.dev, settings)
+
+
+@contextmanager
+def scoring_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's own mode is given back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def document_losses(model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings) -> list[float]:
+    """Mean next-token cross-entropy over each whole document, the MIA's signal; as finite numbers or InputError."""
+    rows = [Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents]
+    likelihood.check_documents(rows, model)
+    losses = likelihood.row_losses(model, tokenizer.pad_token_id, rows, settings.batch_size, "document")
+    likelihood.check_losses(losses)
+    return losses
+
+
+def mmlu_choices(
+    model: Any, tokenizer: Any, questions: Sequence[Question], dev: dict[str, list[Question]], settings: EvalSettings
+) -> list[int]:
+    """Index of the option that the model chooses for each question."""
+    if settings.mmlu_mode == "cloze":
+        return mmlu.cloze_choices(model, tokenizer, questions, settings.batch_size)
+    return mmlu.letter_choices(model, tokenizer, questions, dev, settings.mmlu_shots, settings.batch_size)
+
+
+# -- from results to scores ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model said, lost and chose, in the order of the data."""
+
+    texts: list[str]
+    losses: list[float]
+    choices: list[int]
+
+    @classmethod
+    def of(cls, units: Sequence[Unit], results: Sequence[Sequence[Any]]) -> Measured:
+        """The units' results, put back in the order of the data."""
+        parts: dict[str, dict[int, Any]] = {"texts": {}, "losses": {}, "choices": {}}
+        for unit, found in zip(units, results, strict=True):
+            parts[unit.part].update(zip(unit.rows, found, strict=True))
+        texts, losses, choices = ([part[i] for i in range(len(part))] for part in parts.values())
+        return cls(texts, losses, choices)
+
+    def scores(self, data: EvalSet, settings: EvalSettings, dtype: str) -> Scores:
+        """The data's Scores; parts without data are not measured."""
+        count = len(data.members)
+        area = metrics.auc(self.losses[:count], self.losses[count:]) if self.losses else None
+        right = [choice == question.answer for choice, question in zip(self.choices, data.questions, strict=True)]
+        stated = {
+            "max_new_tokens": settings.max_new_tokens,
+            "dtype": dtype,
+            "mmlu_mode": settings.mmlu_mode,
+            "mmlu_shots": settings.mmlu_shots if settings.mmlu_mode == "letters" else 0,
+            "members": len(data.members),
+            "nonmembers": len(data.nonmembers),
+            "questions": len(data.questions),
+        }
+        rows = [
+            ("forget" if index < len(data.forget) else "retain", row.task, row.kind, row.output, text)
+            for index, (row, text) in enumerate(zip([*data.forget, *data.retain], self.texts, strict=True))
+        ]
+        return make_scores(rows, area, sum(right) / len(right) if right else None, stated)
 
 
 def evaluate_model(
@@ -98,45 +220,48 @@ def evaluate_model(
     data: EvalSet,
     settings: EvalSettings,
     shard: Shard = ALONE,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = lambda line: None,
 ) -> tuple[Scores, list[str]]:
     """Scores of a model, and the generations for the forget rows followed by the retain rows.
 
-    Every worker of a sharded evaluation gets the same result.
+    Every worker of a sharded evaluation gets the same result, whatever their number.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            rows = [*data.forget, *data.retain]
-            log(f"generating answers to {len(rows)} rows")
-            texts = generate(model, tokenizer, [row.input for row in rows], settings, shard)
-            area = None
-            if data.members and data.nonmembers:
-                log(f"losses of {len(data.members)} members and {len(data.nonmembers)} others")
-                losses = document_losses(model, tokenizer, [*data.members, *data.nonmembers], settings, shard)
-                count = len(data.members)
-                area = metrics.auc(losses[:count], losses[count:])
-            utility = None
-            if data.questions:
-                log(f"answering {len(data.questions)} questions")
-                utility = mmlu_accuracy(model, tokenizer, data, settings, shard)
-    finally:
-        model.train(was_training)
-    stated = {
-        "max_new_tokens": settings.max_new_tokens,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "mmlu_mode": settings.mmlu_mode,
-        "mmlu_shots": settings.mmlu_shots if settings.mmlu_mode == "letters" else 0,
-        "members": len(data.members),
-        "nonmembers": len(data.nonmembers),
-        "questions": len(data.questions),
-    }
-    generated = [
-        ("forget" if index < len(data.forget) else "retain", row.task, row.kind, row.output, text)
-        for index, (row, text) in enumerate(zip(rows, texts, strict=True))
-    ]
-    return make_scores(generated, area, utility, stated), texts
+    measured = _measure(model, tokenizer, data, settings, shard, log, exact_texts=True)
+    return measured.scores(data, settings, dtype_of(model)), measured.texts
+
+
+def score_model(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE) -> Scores:
+    """The same Scores where nobody reads the generations: rows end as soon as their score is certain."""
+    measured = _measure(model, tokenizer, data, settings, shard, lambda line: None, exact_texts=False)
+    return measured.scores(data, settings, dtype_of(model))
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    data: EvalSet,
+    settings: EvalSettings,
+    shard: Shard,
+    log: Log,
+    exact_texts: bool,
+) -> Measured:
+    for line in generation.check_prompts(model, tokenizer, [*data.forget, *data.retain], settings.max_new_tokens):
+        log(line)
+    units = plan(data, settings)
+    log(f"evaluating {describe(data)}")
+    mine = [compute(unit, model, tokenizer, data, settings, exact_texts) for unit in shard.take(units)]
+    return Measured.of(units, shard.join(mine, len(units)))
+
+
+def describe(data: EvalSet) -> str:
+    """What an evaluation is made of, in one line."""
+    documents = f"{len(data.members)} members and {len(data.nonmembers)} others"
+    return f"{len(data.forget) + len(data.retain)} rows, {documents}, {len(data.questions)} questions"
+
+
+def dtype_of(model: Any) -> str:
+    """The precision of the model's weights, as settings state it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def make_scores(
@@ -163,116 +288,3 @@ def make_scores(
         final=final,
         settings=settings,
     )
-
-
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], settings: EvalSettings, shard: Shard = ALONE
-) -> list[str]:
-    """Greedy continuations of raw prompts, decoded as the shared task does."""
-    mine = shard.take([tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts])
-    out: list[str] = [""] * len(mine)
-    for group in by_length(mine, len, settings.batch_size):
-        new = greedy(model, [mine[i] for i in group], settings.max_new_tokens, tokenizer)
-        for index, ids in zip(group, new, strict=True):
-            out[index] = clean_up(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return shard.join(out, len(prompts))
-
-
-def clean_up(text: str) -> str:
-    """The space removals of transformers 4's `clean_up_tokenization_spaces=True`, there made for every tokenizer.
-
-    Version 5 ignores the flag for BPE tokenizers; the official scores were made with it.
-    """
-    for spaced, tight in CLEAN_UP:
-        text = text.replace(spaced, tight)
-    return text
-
-
-def sequence_losses(
-    model: Any, tokenizer: Any, rows: Sequence[Encoded], settings: EvalSettings, on: str
-) -> list[float]:
-    """Mean next-token cross-entropy of each row over its `answer` or its whole `document`, in nats."""
-    device = next(model.parameters()).device
-    losses = [0.0] * len(rows)
-    longest = max((len(row.ids) for row in rows), default=1)
-    # Logits are formed at every position: their number, not the rows', is what memory must hold.
-    size = max(1, min(settings.batch_size, MAX_LOGIT_POSITIONS // longest))
-    for group in by_length(rows, lambda row: len(row.ids), size):
-        batch = collate([rows[i] for i in group], tokenizer.pad_token_id, device)
-        logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.ids[:, 1:], reduction="none")
-        mask = batch.mask(on)
-        means = torch.where(mask, nll, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-        for index, loss in zip(group, means.tolist(), strict=True):
-            losses[index] = loss
-    return losses
-
-
-def document_losses(
-    model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings, shard: Shard = ALONE
-) -> list[float]:
-    """Mean next-token cross-entropy over each whole document, the MIA's signal."""
-    rows = [Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents]
-    for text, row in zip(documents, rows, strict=True):
-        if len(row.ids) < 2:
-            raise InputError(f"an MIA document needs at least two tokens to have a loss, got {text!r}.")
-    mine = shard.take(rows)
-    return shard.join(sequence_losses(model, tokenizer, mine, settings, "document"), len(documents))
-
-
-def mmlu_accuracy(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE) -> float:
-    """Share of questions answered right, each question counting once."""
-    mine = shard.take(data.questions)
-    choose = _cloze_choices if settings.mmlu_mode == "cloze" else _letter_choices
-    choices = shard.join(choose(model, tokenizer, mine, data.dev, settings), len(data.questions))
-    right = sum(choice == question.answer for choice, question in zip(choices, data.questions, strict=True))
-    return right / len(data.questions)
-
-
-def _cloze_choices(
-    model: Any, tokenizer: Any, questions: Sequence[Question], dev: dict[str, list[Question]], settings: EvalSettings
-) -> list[int]:
-    """Index of the option text with the lowest mean token loss after the bare question."""
-    rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
-    losses = sequence_losses(model, tokenizer, rows, settings, "answer")
-    return [min(range(4), key=lambda k, i=i: losses[4 * i + k]) for i in range(len(questions))]  # type: ignore[misc]
-
-
-def _letter_choices(
-    model: Any, tokenizer: Any, questions: Sequence[Question], dev: dict[str, list[Question]], settings: EvalSettings
-) -> list[int]:
-    """Index of the most probable next token among " A", " B", " C", " D" after the few-shot prompt."""
-    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
-    prompts = [
-        tuple(
-            tokenizer(mmlu_prompt(question, dev.get(question.subject, []), settings.mmlu_shots, tokenizer))["input_ids"]
-        )
-        for question in questions
-    ]
-    device = next(model.parameters()).device
-    choices = [0] * len(prompts)
-    for group in by_length(prompts, len, settings.batch_size):
-        batch = collate([Encoded(prompts[i], 1) for i in group], tokenizer.pad_token_id, device)
-        last = batch.attention.sum(1) - 1
-        hidden = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
-        picked = hidden[torch.arange(len(group), device=device), last][:, letters]
-        for index, choice in zip(group, picked.argmax(1).tolist(), strict=True):
-            choices[index] = choice
-    return choices
-
-
-def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokenizer: Any, limit: int = 2048) -> str:
-    """Open-Instruct's MMLU prompt: header, solved examples, the question; shots are dropped beyond `limit` tokens."""
-    name = question.subject.replace("_", " ")
-    header = f"The following are multiple choice questions (with answers) about {name}.\n\n"
-    solved = [_mmlu_block(shot) + f" {'ABCD'[shot.answer]}\n\n" for shot in dev[:shots]]
-    while True:
-        prompt = header + "".join(solved) + _mmlu_block(question)
-        if not solved or len(tokenizer(prompt)["input_ids"]) <= limit:
-            return prompt
-        solved.pop()
-
-
-def _mmlu_block(question: Question) -> str:
-    options = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True))
-    return f"{question.question}{options}\nAnswer:"

@@ -6,14 +6,16 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.job import Job
+from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation import Evaluation, Scorer
+from ray_unlearn.job import Job, ResourcesPart
 from ray_unlearn.records import Example, Scores
-from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
+from ray_unlearn.scoring import EvalSet, EvalSettings, Unit, evaluate_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,64 @@ def _score(
     path = source.local()
     model = load_model(path, dtype).to(ray_device(threads))
     return evaluate_model(model, load_tokenizer(path), eval_set, settings)
+
+
+class ScoringActor:
+    """A Scorer in a Ray actor, loaded with its first unit: what is wrong with it is then that unit's error."""
+
+    def __init__(self) -> None:
+        self.scorer: Scorer | None = None
+        self.notes: list[str] = []
+
+    def compute(self, index: int, unit: Unit, inputs: list[Any], threads: int) -> tuple[int, list[Any], list[str]]:
+        """The unit's index and results, and what there was to say. `inputs` are Ray references to the model's and
+        the adapter's ModelSource and to the Evaluation; they come with every call, for an actor that starts again."""
+        if self.scorer is None:
+            import ray
+
+            model, adapter, work = ray.get(inputs)
+            adapter_path = adapter.local() if adapter is not None else None
+            device = ray_device(threads)
+            self.scorer = Scorer(
+                model.local(), adapter_path, work.dtype, work.data, work.settings, device, self.notes.append
+            )
+        return index, self.scorer.compute(unit), self.notes
+
+
+def computed_by_actors(
+    evaluation: Evaluation,
+    units: Sequence[Unit],
+    missing: Sequence[int],
+    resources: ResourcesPart,
+    shared: bool,
+    log: Callable[[str], None],
+) -> Iterator[tuple[int, list[Any]]]:
+    """(index, results) of the missing units as actors finish them; an actor that is free takes the next one.
+
+    Raises the InputError that an actor raised.
+    """
+    import ray
+    from ray.util import ActorPool
+
+    actor = ray.remote(ScoringActor).options(
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
+    )
+    sources = [ModelSource.of(path, shared) if path else None for path in (evaluation.model, evaluation.adapter)]
+    inputs = [ray.put(value) for value in (*sources, evaluation)]
+    threads = max(1, int(resources.cpus_per_worker))
+    pool = ActorPool([actor.remote() for _ in range(resources.workers)])
+    said: set[str] = set()
+    try:
+        for index, found, notes in pool.map_unordered(
+            lambda a, index: a.compute.remote(index, units[index], inputs, threads), missing
+        ):
+            for note in notes:
+                if note not in said:
+                    log(note)
+            said.update(notes)
+            yield index, found
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError) else error) from None
 
 
 def ray_device(threads: int) -> str:

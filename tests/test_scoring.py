@@ -1,4 +1,4 @@
-"""Scoring a real, tiny model: batched decoding and losses equal those of one row at a time; shards keep the order."""
+"""Scoring a real, tiny model: answers, losses and choices are those of one row at a time, whoever computes which."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ray_unlearn import generation, likelihood, mmlu, scoring
 from ray_unlearn.data import Question, collate, encode
 from ray_unlearn.decoding import greedy
 from ray_unlearn.errors import InputError
+from ray_unlearn.generation import certain, clean_up, continuations, decode
+from ray_unlearn.likelihood import row_losses
+from ray_unlearn.mmlu import mmlu_prompt
 from ray_unlearn.records import Example
 from ray_unlearn.scoring import (
     EvalSet,
     EvalSettings,
     Shard,
-    clean_up,
     document_losses,
     evaluate_model,
-    generate,
-    mmlu_accuracy,
-    mmlu_prompt,
-    sequence_losses,
+    mmlu_choices,
+    plan,
+    score_model,
 )
 
 PROMPTS = [
@@ -35,69 +37,86 @@ PROMPTS = [
 ]
 
 
-def tokens_of(tiny, texts):
-    return [tiny.tokenizer(text)["input_ids"] for text in texts]
-
-
 def by_generate(tiny, prompt, length, model=None):
-    """transformers' own greedy continuation of one prompt, without padding."""
+    """transformers' own greedy continuation of one prompt, as text."""
     model = tiny.model if model is None else model
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([tiny.tokenizer(prompt)["input_ids"]])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, pad_token_id=1
     )
-    return out[0, len(prompt) :].tolist()
+    return clean_up(tiny.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_greedy_in_a_padded_batch_is_generate_row_by_row(tiny):
-    prompts = tokens_of(tiny, PROMPTS)
-    assert len({len(prompt) for prompt in prompts}) > 3
-    new = greedy(tiny.model, prompts, 12, tiny.tokenizer)
-    assert new == [by_generate(tiny, prompt, 12) for prompt in prompts]
-    assert len({tuple(row) for row in new}) > 1  # the prompts matter
+def example(prompt, output="x", kind="sc", name="a1sc1"):
+    return Example(id=name, input=prompt, output=output, task="Task1", kind=kind)
 
 
-def ending_model(tiny, token):
-    """The model with another token as EOS, so that rows end at different steps."""
-    model = copy.deepcopy(tiny.model)
-    model.generation_config.eos_token_id = token
-    return model
-
-
-def test_rows_that_end_stop_at_their_eos_while_others_go_on(tiny):
-    prompts = tokens_of(tiny, PROMPTS)
-    free = [by_generate(tiny, prompt, 12) for prompt in prompts]
-    # a token that some row makes in its middle and some other row never makes
-    token = next(
-        t for row in free for t in row[1:8] if sum(t in other for other in free) < len(free) and row.index(t) > 0
-    )
-    model = ending_model(tiny, token)
-    new = greedy(model, prompts, 12, tiny.tokenizer)
-    assert new == [by_generate(tiny, prompt, 12, model) for prompt in prompts]
-    assert min(map(len, new)) < 12 == max(map(len, new))
-    assert all(token not in row[:-1] for row in new)
-    assert (
-        greedy(ending_model(tiny, [token, 2]), prompts, 12, tiny.tokenizer) == new
-    )  # a list of them, as models state it
-
-
-def test_greedy_stops_early_when_all_rows_have_ended(tiny):
-    prompt = tokens_of(tiny, PROMPTS)[2]
-    first = greedy(tiny.model, [prompt], 1, tiny.tokenizer)[0]
-    model, calls = ending_model(tiny, first[0]), []
-    model.register_forward_hook(lambda *args: calls.append(1))
-    assert greedy(model, [prompt, prompt], 50, tiny.tokenizer) == [first, first]
-    assert len(calls) == 1
+# -- generations -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
-def test_generated_texts_come_in_the_order_of_the_prompts_at_any_batch_size(tiny, size):
-    settings = EvalSettings(max_new_tokens=6, batch_size=size)
-    expected = [
-        clean_up(tiny.tokenizer.decode(by_generate(tiny, prompt, 6), skip_special_tokens=True))
-        for prompt in tokens_of(tiny, PROMPTS)
+def test_generated_texts_come_in_the_order_of_the_rows_whatever_is_expected(tiny, size):
+    expected = [by_generate(tiny, prompt, 9) for prompt in PROMPTS]
+    for outputs in (expected, [text[:7] for text in expected], ["x"] * 5, ["  " + text.upper() for text in expected]):
+        rows = [example(prompt, output or "x") for prompt, output in zip(PROMPTS, outputs, strict=True)]
+        assert continuations(tiny.model, tiny.tokenizer, rows, 9, size) == expected
+
+
+def test_a_question_is_certainly_wrong_once_its_text_is_no_beginning_of_the_answer(tiny):
+    row = example("q", " A Silver\tlantern ", "qa")
+
+    def answers(text):
+        return certain(tiny.tokenizer, row, tiny.tokenizer(text)["input_ids"])
+
+    assert not any(answers(text) for text in ("", " ", " a", "A sil", "\n a  SILVER lantern", "a silver lantern "))
+    assert all(answers(text) for text in ("b", " a gold", "a silver lantern x", "a silver lantern."))
+    accents = example("q", "né ΟΔΟΣ", "qa")
+    ids = tiny.tokenizer("Né οδος")["input_ids"]
+    assert not any(certain(tiny.tokenizer, accents, ids[:k]) for k in range(len(ids) + 1))  # halves of letters too
+
+
+PIECES = ["a", "b", "A", " ", " ", "\n", ".", " .", "'", " '", "n't", " n't", "s", "é", "Σ", "ς", "7", ",", " 've", "�"]
+
+
+def test_what_is_certain_is_certain_for_every_continuation(tiny):
+    rng = random.Random(11)
+    tokenize = tiny.tokenizer
+    seen = {"qa": 0, "sc": 0}
+    for _ in range(1500):
+        kind = rng.choice(["qa", "sc"])
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 40)))
+        start = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 3)))
+        output = start + text[: rng.randint(0, len(text))] + rng.choice(["", "b", " "])
+        row = example("q", output if output.strip() else "a", kind)
+        ids = tokenize(start + text)["input_ids"]
+        final = decode(tokenize, ids)
+        metric = (
+            generation.rouge_l_recall if kind == "sc" else lambda a, b: float(a.strip().lower() == b.strip().lower())
+        )
+        for k in range(len(ids)):
+            if certain(tokenize, row, ids[:k]):
+                seen[kind] += 1
+                assert metric(row.output, final) == metric(row.output, decode(tokenize, ids[:k])) == (kind == "sc")
+    assert min(seen.values()) > 20
+
+
+def test_scores_alone_are_those_of_the_whole_texts_for_less(tiny, monkeypatch):
+    data, settings = eval_set(tiny), EvalSettings(max_new_tokens=48, batch_size=4)
+    asked = [*data.forget, *data.retain]
+    # some rows whose answers the model gives, so that not all scores are 0
+    texts = [by_generate(tiny, row.input, 48) for row in asked]
+    known = [
+        Example(id=r.id, input=r.input, output=(t if i % 2 else t[:5]) or "x", task=r.task, kind=r.kind)
+        for i, (r, t) in enumerate(zip(asked, texts, strict=True))
     ]
-    assert generate(tiny.model, tiny.tokenizer, PROMPTS, settings) == expected
+    data = EvalSet(forget=known[:4], retain=known[4:])
+    made = []
+    monkeypatch.setattr(generation, "greedy", lambda *a, **k: made.append(greedy(*a, **k)) or made[-1])
+    scores, found = evaluate_model(tiny.model, tiny.tokenizer, data, settings)
+    alone = score_model(tiny.model, tiny.tokenizer, data, settings)
+    assert found == texts and alone == scores and 0 < sum(scores.raw.values()) < len(scores.raw)
+    whole, short = (sum(map(len, ids)) for ids in made)
+    assert short < whole
 
 
 def test_clean_up_removes_the_spaces_of_tokenisation():
@@ -110,25 +129,45 @@ def test_clean_up_removes_the_spaces_of_tokenisation():
 # -- losses ----------------------------------------------------------------------------------------
 
 
+def plain_loss(tiny, ids, prompt=1):
+    labels = torch.tensor([ids])
+    labels[0, :prompt] = -100
+    return tiny.model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+
+
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_document_losses_are_those_of_each_document_alone(tiny, size):
     documents = [row["document"] for row in tiny.data.nonmembers] + PROMPTS[:1] + PROMPTS[2:4]
     losses = document_losses(tiny.model, tiny.tokenizer, documents, EvalSettings(batch_size=size))
-    assert len(losses) == len(documents)
-    for document, loss in zip(documents, losses, strict=True):
-        ids = torch.tensor([tiny.tokenizer(document)["input_ids"]])
-        assert loss == pytest.approx(tiny.model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert losses == pytest.approx(
+        [plain_loss(tiny, tiny.tokenizer(text)["input_ids"]) for text in documents], abs=1e-5
+    )
 
 
-def test_answer_losses_leave_the_prompt_out(tiny):
-    pairs = [(row["input"], row["output"]) for row in tiny.data.forget[:6]]
-    rows = [encode(tiny.tokenizer, *pair) for pair in pairs]
-    losses = sequence_losses(tiny.model, tiny.tokenizer, rows, EvalSettings(batch_size=4), "answer")
-    for row, loss in zip(rows, losses, strict=True):
-        ids = torch.tensor([row.ids])
-        labels = ids.clone()
-        labels[0, : row.prompt] = -100
-        assert loss == pytest.approx(tiny.model(input_ids=ids, labels=labels).loss.item(), abs=1e-5)
+@pytest.mark.parametrize("positions", [1, 7, 40])
+def test_losses_are_the_same_when_a_row_is_read_in_pieces(tiny, monkeypatch, positions):
+    rows = [encode(tiny.tokenizer, row["input"], row["output"]) for row in tiny.data.forget[:6]]
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", positions * len(tiny.tokenizer))
+    monkeypatch.setattr(likelihood, "SLICE", 5)
+    model, formed = copy.deepcopy(tiny.model), []
+    model.lm_head.register_forward_hook(lambda module, given, out: formed.append(out.numel()))
+    for on in ("answer", "document"):
+        losses = row_losses(model, 1, rows, 4, on)
+        expected = [plain_loss(tiny, row.ids, row.prompt if on == "answer" else 1) for row in rows]
+        assert losses == pytest.approx(expected, abs=1e-5)
+    assert max(formed) <= positions * len(tiny.tokenizer)
+
+
+def test_documents_without_a_loss_beyond_the_context_or_of_a_broken_model_are_refused(tiny):
+    settings = EvalSettings()
+    with pytest.raises(InputError, match="document 2 has fewer"):
+        document_losses(tiny.model, tiny.tokenizer, [PROMPTS[0], "a"], settings)
+    with pytest.raises(InputError, match=r"MIA document 1 has \d+ tokens, and the model's context is 512"):
+        document_losses(tiny.model, tiny.tokenizer, ["42 " * 600], settings)
+    model = copy.deepcopy(tiny.model)
+    next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="loss of MIA document 1 is nan"):
+        document_losses(model, tiny.tokenizer, PROMPTS[:1], settings)
 
 
 # -- MMLU ------------------------------------------------------------------------------------------
@@ -163,7 +202,9 @@ def plain_letters(tiny, question, dev, shots):
         a, b, c, d = q.options
         return f"{q.question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
 
-    text = f"The following are multiple choice questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    # Open-Instruct's format_subject puts a space before each word of the subject, the first one too.
+    subject = "".join(" " + word for word in question.subject.split("_"))
+    text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     for shot in dev[question.subject][:shots]:
         text += f"{block(shot)} {'ABCD'[shot.answer]}\n\n"
     ids = tiny.tokenizer(text + block(question))["input_ids"]
@@ -172,49 +213,106 @@ def plain_letters(tiny, question, dev, shots):
     return values.index(max(values))
 
 
+def unprejudiced(tiny):
+    """The model with a head of its own that sees what differs between questions, not what all of them share."""
+    model = copy.deepcopy(tiny.model)
+    ids = [tiny.tokenizer(f"{q.question}\nAnswer:")["input_ids"] for q in questions(tiny, 20)]
+    last = [model.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ids]
+    shared = torch.nn.functional.normalize(torch.stack(last).mean(0), dim=0)
+    head = model.lm_head.weight.clone()
+    model.lm_head.weight = torch.nn.Parameter(head - (head @ shared)[:, None] * shared, requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize("mode", ["cloze", "letters"])
-def test_mmlu_accuracy_is_that_of_a_loop_over_questions(tiny, mode):
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_choices_are_those_of_a_loop_over_questions(tiny, mode, size):
+    asked = [*questions(tiny, 30), Question("alone", "Which", ("a", "b b", "c", "d"), 0)]
+    dev = {"towns": asked[:3], "far_places": asked[3:4], "alone": []}
+    settings = EvalSettings(mmlu_mode=mode, mmlu_shots=2, batch_size=size)
+    even = SimpleNamespace(model=unprejudiced(tiny), tokenizer=tiny.tokenizer)
+    expected = [plain_cloze(even, q) if mode == "cloze" else plain_letters(even, q, dev, 2) for q in asked]
+    assert len(set(expected)) > 1
+    assert mmlu_choices(even.model, tiny.tokenizer, asked, dev, settings) == expected
+
+
+def test_a_subjects_examples_are_computed_once(tiny):
+    asked = [Question("towns", q.question, q.options, q.answer) for q in questions(tiny, 9)]
+    model, calls = copy.deepcopy(tiny.model), []
+    model.register_forward_pre_hook(lambda m, a, given: calls.append(given["input_ids"].numel()), with_kwargs=True)
+    settings = EvalSettings(mmlu_shots=3, batch_size=4)
+    mmlu_choices(model, tiny.tokenizer, asked, {"towns": asked[:3]}, settings)
+    whole = [len(tiny.tokenizer(mmlu_prompt(q, asked[:3], 3, tiny.tokenizer, 2048))["input_ids"]) for q in asked]
+    assert len(calls) == 1 + 3 and sum(calls) < sum(whole) / 2
+
+
+def test_the_accuracy_counts_each_question_once(tiny):
     asked = questions(tiny)
-    dev = {"towns": asked[:3], "far_places": []}
-    settings = EvalSettings(mmlu_mode=mode, mmlu_shots=2, batch_size=5)
-    chosen = [plain_cloze(tiny, q) if mode == "cloze" else plain_letters(tiny, q, dev, 2) for q in asked]
-    # One question at a time, so that a right count from wrong choices cannot pass.
-    for index, question in enumerate(asked):
-        accuracy = mmlu_accuracy(tiny.model, tiny.tokenizer, EvalSet(questions=[question], dev=dev), settings)
-        assert accuracy == (chosen[index] == question.answer)
+    settings = EvalSettings(mmlu_mode="cloze", batch_size=2)
+    chosen = [plain_cloze(tiny, q) for q in asked]
     answers = [
         Question(q.subject, q.question, q.options, choice if i % 3 else (choice + 1) % 4)
         for i, (q, choice) in enumerate(zip(asked, chosen, strict=True))
     ]
-    data = EvalSet(questions=answers, dev=dev)
-    assert mmlu_accuracy(tiny.model, tiny.tokenizer, data, settings) == pytest.approx(8 / 12)
+    scores = score_model(tiny.model, tiny.tokenizer, EvalSet(questions=answers), settings)
+    assert scores.utility == pytest.approx(8 / 12)
 
 
 def test_shots_are_dropped_from_the_end_until_the_prompt_fits(tiny):
     asked = questions(tiny, 4)
-    full = mmlu_prompt(asked[0], asked[1:], 3, tiny.tokenizer)
-    bare = mmlu_prompt(asked[0], asked[1:], 0, tiny.tokenizer)
+    full = mmlu_prompt(asked[0], asked[1:], 3, tiny.tokenizer, 2048)
+    bare = mmlu_prompt(asked[0], asked[1:], 0, tiny.tokenizer, 2048)
     size = len(tiny.tokenizer(full)["input_ids"])
     assert mmlu_prompt(asked[0], asked[1:], 3, tiny.tokenizer, limit=size) == full
     fewer = mmlu_prompt(asked[0], asked[1:], 3, tiny.tokenizer, limit=size - 1)
-    assert fewer == mmlu_prompt(asked[0], asked[1:], 2, tiny.tokenizer) != full
+    assert fewer == mmlu_prompt(asked[0], asked[1:], 2, tiny.tokenizer, 2048) != full
     assert mmlu_prompt(asked[0], asked[1:], 3, tiny.tokenizer, limit=1) == bare  # the question itself always stays
-    assert bare.startswith("The following are multiple choice questions (with answers) about ")
+    assert bare.startswith("The following are multiple choice questions (with answers) about  ")
     assert bare.endswith("\nAnswer:")
+
+
+def test_questions_that_cannot_be_asked_are_refused(tiny):
+    long = Question("towns", "far " * 600, ("a", "b", "c", "d"), 0)
+    for mode in ("letters", "cloze"):
+        with pytest.raises(InputError, match=r"MMLU question 1 alone has \d+ tokens, and the model's context is 512"):
+            mmlu_choices(tiny.model, tiny.tokenizer, [long], {}, EvalSettings(mmlu_mode=mode))
+    model = copy.deepcopy(tiny.model)
+    next(model.parameters()).fill_(float("nan"))
+    for mode in ("letters", "cloze"):
+        with pytest.raises(InputError, match="NaN on MMLU"):
+            mmlu_choices(model, tiny.tokenizer, questions(tiny, 2), {}, EvalSettings(mmlu_mode=mode))
+
+    empty = Question("towns", "Which is ", ("a", "b", "", "d"), 0)
+    with pytest.raises(InputError, match="option C of MMLU question 1 has no token to score"):
+        mmlu_choices(tiny.model, tiny.tokenizer, [empty], {}, EvalSettings(mmlu_mode="cloze"))
+
+    class Same:
+        def __call__(self, text, **options):
+            return {"input_ids": [3]}
+
+    with pytest.raises(InputError, match="does not tell the letters A to D apart"):
+        mmlu.letter_choices(tiny.model, Same(), questions(tiny, 2), {}, 0, 4)
 
 
 # -- shards ----------------------------------------------------------------------------------------
 
 
+class _Handed(Exception):
+    """What a rank hands over."""
+
+
 def in_shards(world, work):
     """Results of `work(shard)` on each of `world` pretended ranks; the gather joins what all of them hand over."""
+
+    def hand_over(items):
+        raise _Handed(list(items))
+
     handed = []
     for rank in range(world):
-        mine = []
-        work(Shard(rank, world, lambda items, mine=mine: mine.append(list(items)) or [None] * 100))
-        handed.append(mine[0])
-    together = [item for items in handed for item in items]
-    return [work(Shard(rank, world, lambda items: together)) for rank in range(world)]
+        with pytest.raises(_Handed) as gathered:
+            work(Shard(rank, world, hand_over))
+        handed += gathered.value.args[0]
+    return [work(Shard(rank, world, lambda items: handed)) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -228,15 +326,23 @@ def test_joined_shares_are_the_whole_in_order_whatever_the_ranks(total, world):
         assert Shard(rank, world, lambda mine: together).join(shares[rank], total) == items
 
 
-def test_three_ranks_generate_and_lose_what_one_does(tiny):
-    settings = EvalSettings(max_new_tokens=4, batch_size=2)
-    texts = generate(tiny.model, tiny.tokenizer, PROMPTS, settings)
-    for found in in_shards(3, lambda shard: generate(tiny.model, tiny.tokenizer, PROMPTS, settings, shard)):
-        assert found == texts
-    documents = [row["document"] for row in tiny.data.nonmembers[:5]]
-    losses = document_losses(tiny.model, tiny.tokenizer, documents, settings)
-    for found in in_shards(3, lambda shard: document_losses(tiny.model, tiny.tokenizer, documents, settings, shard)):
-        assert found == pytest.approx(losses, abs=1e-5)
+@pytest.mark.parametrize("mode", ["cloze", "letters"])
+def test_three_ranks_score_to_the_bit_what_one_does(tiny, mode):
+    data, settings = eval_set(tiny), EvalSettings(max_new_tokens=4, batch_size=1, mmlu_mode=mode)
+    assert len(plan(data, settings)) > 3
+    whole = evaluate_model(tiny.model, tiny.tokenizer, data, settings)
+    for found in in_shards(3, lambda shard: evaluate_model(tiny.model, tiny.tokenizer, data, settings, shard)):
+        assert found == whole
+
+
+def test_units_are_each_row_once_and_few_subjects_are_split(tiny):
+    data = eval_set(tiny)
+    for size in (1, 2, 3, 100):
+        units = plan(data, EvalSettings(batch_size=size))
+        for part, total in (("texts", 8), ("losses", 6), ("choices", 6)):
+            mine = [unit.rows for unit in units if unit.part == part]
+            assert sorted(i for rows in mine for i in rows) == list(range(total))
+            assert all(len(rows) <= scoring.BATCHES_IN_UNIT * size for rows in mine)
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -261,11 +367,11 @@ def test_an_evaluation_states_its_settings_leaves_the_model_as_it_was_and_measur
     model = copy.deepcopy(tiny.model).train()
     scores, texts = evaluate_model(model, tiny.tokenizer, data, settings)
     assert model.training
-    assert texts == generate(tiny.model, tiny.tokenizer, [r.input for r in [*data.forget, *data.retain]], settings)
+    assert texts == [by_generate(tiny, r.input, 3) for r in [*data.forget, *data.retain]]
     losses = document_losses(tiny.model, tiny.tokenizer, [*data.members, *data.nonmembers], settings)
     wins = sum((m < n) + 0.5 * (m == n) for m in losses[:2] for n in losses[2:])
     assert scores.mia_auc == pytest.approx(wins / (2 * (len(losses) - 2)))
-    assert scores.utility == mmlu_accuracy(tiny.model, tiny.tokenizer, data, settings)
+    assert scores.utility == sum(plain_cloze(tiny, q) == q.answer for q in data.questions) / len(data.questions)
     assert scores.final == pytest.approx((scores.task_aggregate + scores.mia_score + scores.utility) / 3)
     assert set(scores.counts) == set(scores.terms) == set(scores.raw) and sum(scores.counts.values()) == 8
     stated = {"max_new_tokens": 3, "dtype": "float32", "mmlu_mode": "cloze", "mmlu_shots": 0}
@@ -285,8 +391,24 @@ def test_a_failing_evaluation_gives_the_training_mode_back(tiny):
     model = copy.deepcopy(tiny.model).train()
     broken = SimpleNamespace(pad_token_id=1, eos_token_id=0)
     with pytest.raises(TypeError):
-        evaluate_model(model, broken, eval_set(tiny), EvalSettings(max_new_tokens=1))
+        evaluate_model(model, broken, EvalSet(questions=questions(tiny, 2)), EvalSettings(max_new_tokens=1))
     assert model.training
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_little_room_is_named(tiny):
+    lines, little = [], "42 " * 160
+    size = len(tiny.tokenizer(little)["input_ids"])
+    assert 450 < size < 512
+    rows = [example("a"), example(little, name="b7sc1")]
+    data = EvalSet(forget=rows, retain=rows)
+    _, texts = evaluate_model(tiny.model, tiny.tokenizer, data, EvalSettings(max_new_tokens=256), log=lines.append)
+    assert lines[0] == (
+        f"row 'b7sc1': its prompt has {size} tokens; its generation ends with the context after {512 - size}"
+    )
+    assert texts[1] == by_generate(tiny, little, 512 - size)
+    data = EvalSet(forget=[example("42 " * 400, name="c1sc1")], retain=rows)
+    with pytest.raises(InputError, match=r"row 'c1sc1': its prompt has \d+ tokens, and the model's context is 512"):
+        evaluate_model(tiny.model, tiny.tokenizer, data, EvalSettings())
 
 
 @pytest.mark.parametrize(
