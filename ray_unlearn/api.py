@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,16 @@ import yaml
 from ray_unlearn.config import TrialConfig, from_dict, to_dict
 from ray_unlearn.data import (
     check_cells,
-    find_file,
-    kind_of,
-    kind_problem,
-    listing,
     load_documents,
     load_mmlu,
     load_pair,
-    read_rows,
-    row_problem,
 )
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, device
+from ray_unlearn.measuring import extra_names, more_metrics
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models import check_model, load_model, load_tokenizer
+from ray_unlearn.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.records import (
     Example,
     Scores,
@@ -63,10 +60,15 @@ def evaluate(
     workers: int = 1,
     gpus_per_worker: float = 0,
     address: str | None = None,
+    metrics: Sequence[str] = (),
+    reference: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Scores:
     """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
+
+    `metrics` are further ones by name (METRICS), computed in this process; `reference` is a model trained without the
+    forget set, which some of them need and all are then compared with.
 
     With one worker it runs in this process, with more on as many Ray actors; the scores are the
     same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
@@ -83,6 +85,7 @@ def evaluate(
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
     if losses is not None and mia_member is None:
         raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
+    extra_names(metrics)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     for file in (out, predictions, losses):
@@ -92,7 +95,9 @@ def evaluate(
         on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
         dtype = "bfloat16" if on_gpu else "float32"
     chosen = EvalSettings(**settings)
-    check_model(model)
+    for path in (model, reference):
+        if path is not None:
+            check_model(path)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
     if official:
         _check_official({f"{e.task}/{e.kind}" for e in data.forget})
@@ -100,27 +105,26 @@ def evaluate(
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
     measured = job.measure(workers, gpus_per_worker, address, cache, log)
     scores = measured.scores(data, chosen, dtype)
+    if metrics:
+        more = more_metrics(
+            metrics,
+            load_model(model, dtype, adapter).to(device()),
+            load_tokenizer(model),
+            data,
+            texts=measured.texts,
+            reference=None if reference is None else load_model(reference, dtype).to(device()),
+            batch_size=chosen.batch_size,
+            log=log,
+        )
+        scores = dataclasses.replace(scores, metrics=more)
     if predictions is not None:
-        write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in _predictions(data, measured.texts)))
+        write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in prediction_rows(data, measured.texts)))
     if losses is not None:
         count = len(data.members)
         write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores
-
-
-def _predictions(data: EvalSet, texts: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of predictions.jsonl."""
-    for index, (row, text) in enumerate(zip([*data.forget, *data.retain], texts, strict=True)):
-        yield {
-            "id": row.id,
-            "task": row.task,
-            "kind": row.kind,
-            "split": "forget" if index < len(data.forget) else "retain",
-            "expected_output": row.output,
-            "model_output": text,
-        }
 
 
 def _check_shots(data: EvalSet, shots: int) -> None:
@@ -178,14 +182,12 @@ def score(
 
     With the `forget` and `retain` files that were asked, every row of theirs must be there.
     """
-    from ray_unlearn.metrics import auc
-
     claim_file(out)
     if (forget is None) != (retain is None):
         raise InputError("give both --forget and --retain, or neither.")
-    rows, places = _read_predictions(predictions)
+    rows, places = read_predictions(predictions)
     if forget is not None and retain is not None:
-        _check_complete(str(predictions), places, {"forget": forget, "retain": retain})
+        check_complete(str(predictions), places, {"forget": forget, "retain": retain})
     splits = {
         split: [Example(id="", input="", output="", task=row[1], kind=row[2]) for row in rows if row[0] == split]
         for split in ("forget", "retain")
@@ -195,71 +197,18 @@ def score(
         _check_official({f"{row.task}/{row.kind}" for row in splits["forget"]})
     if mmlu_accuracy is not None and not (math.isfinite(mmlu_accuracy) and 0 <= mmlu_accuracy <= 1):
         raise InputError(f"--mmlu-accuracy must be in [0, 1], got {mmlu_accuracy}.")
-    area = None if mia is None else auc(*_read_losses(Path(mia)))
-    scores = make_scores(rows, area, mmlu_accuracy, {"predictions": str(predictions)})
+    members, nonmembers = ((), ()) if mia is None else read_losses(Path(mia))
+    scores = make_scores(
+        rows,
+        [name for _, name in places],
+        {"predictions": str(predictions)},
+        members=members,
+        nonmembers=nonmembers,
+        utility=mmlu_accuracy,
+    )
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores
-
-
-def _check_complete(name: str, places: dict[tuple[str, str], str], files: dict[str, str]) -> None:
-    """Refuses predictions that miss a row of the files they answer, have one more, or expect another output."""
-    pair = dict(zip(files, load_pair(files["forget"], files["retain"]), strict=True))
-    asked = {(split, row.id): row.output for split, loaded in pair.items() for row in loaded.examples}
-    problems = [f"{split} row {row!r} is missing" for split, row in asked if (split, row) not in places]
-    problems += [f"{split} row {row!r} is not in {files[split]}" for split, row in places if (split, row) not in asked]
-    problems += [
-        f"{split} row {row!r} expects {expected!r:.60}, and {files[split]} has {asked[split, row]!r:.60}"
-        for (split, row), expected in places.items()
-        if asked.get((split, row), expected) != expected
-    ]
-    if problems:
-        raise InputError(listing(f"problems with the rows of {name}", problems, "Predict each row once."))
-
-
-def _read_predictions(
-    given: str | Path,
-) -> tuple[list[tuple[str, str, str, str, str]], dict[tuple[str, str], str]]:
-    """(split, task, kind, expected, generated) of each row, and its expected output by (split, id)."""
-    path = find_file(given, "predictions")
-    good, problems = [], []
-    seen: dict[tuple[str, str], int] = {}
-    for number, row in read_rows(path):
-        problem = _prediction_problem(row, seen)
-        if problem:
-            problems.append(f"{path}:{number}: {problem}")
-        else:
-            seen[row["split"], row["id"]] = number
-            good.append((row["split"], row["task"], kind_of(row) or "", row["expected_output"], row["model_output"]))
-    if problems:
-        raise InputError(listing("bad rows", problems, "Mend them."))
-    if not good:
-        raise InputError(f"{path} has no rows; at least one is needed.")
-    return good, {key: row[3] for key, row in zip(seen, good, strict=True)}
-
-
-def _prediction_problem(row: Any, seen: dict[tuple[str, str], int]) -> str | None:
-    fields = ("id", "task", "split", "expected_output", "model_output")
-    problem = row_problem(row, fields, may_be_empty=("model_output",))  # an empty generation is a generation
-    if problem:
-        return problem
-    if row["split"] not in ("forget", "retain"):
-        return f"split must be forget or retain, got {row['split']!r}"
-    if (row["split"], row["id"]) in seen:
-        return f"id {row['id']!r} is already used in row {seen[row['split'], row['id']]}"
-    return kind_problem(row)
-
-
-def _read_losses(path: Path) -> tuple[list[float], list[float]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("member", "nonmember")):
-        raise InputError(f'{path} must be {{"member": [..], "nonmember": [..]}}, got {str(data)[:80]}.')
-    return data["member"], data["nonmember"]
 
 
 # -- one trial -----------------------------------------------------------------------------------

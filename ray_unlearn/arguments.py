@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in (
         ("methods", "unlearning methods"),
         ("recipes", "published configurations"),
+        ("metrics", "what a model can be scored by"),
         ("merge-methods", "merge methods"),
     ):
         p = _command(commands, name, f"list {what} with formula, parameters, source", f"{name} --json")
@@ -150,6 +151,8 @@ def _add_evaluate(commands: Any) -> None:
         help="the organisers' procedure: twelve terms, 256 tokens, 5-shot letters, bfloat16 on a GPU",
     )
     _eval_options(p)
+    p.add_argument("--metrics", default="", metavar="A,B,C", help="further metrics by name (see: ray-unlearn metrics)")
+    p.add_argument("--reference", metavar="M", help="a model trained without the forget set, to compare metrics with")
     p.add_argument("--predictions", metavar="P.jsonl", help="write each row's generation, as `score` reads it")
     p.add_argument("--losses", metavar="losses.json", help="write each MIA document's loss, as `score --mia` reads it")
     p.add_argument("--workers", type=int, default=1, help="Ray actors that share the work (default: this process)")

@@ -147,6 +147,8 @@ def _evaluate(a: argparse.Namespace) -> int:
         dtype=a.dtype,
         skip_bad_rows=a.skip_bad_rows,
         out=a.out,
+        metrics=[name for name in a.metrics.split(",") if name],
+        reference=a.reference,
         predictions=a.predictions,
         losses=a.losses,
         cache=None if a.no_cache else a.cache or Path(a.out).parent / ".evaluations",
@@ -239,6 +241,23 @@ def _recipes(a: argparse.Namespace) -> int:
     return _table(rows, a.json)
 
 
+def _metrics(a: argparse.Namespace) -> int:
+    from ray_unlearn.metrics import METRICS
+
+    rows = [
+        {
+            "name": name,
+            "formula": metric.formula,
+            "best": {part: str(value) for part, value in metric.best.items()},
+            "range": " to ".join(f"{end:g}" for end in metric.range),
+            "collapsed": metric.collapsed,
+            "source": metric.source,
+        }
+        for name, metric in METRICS.items()
+    ]
+    return _table(rows, a.json)
+
+
 def _merge_methods(a: argparse.Namespace) -> int:
     from ray_unlearn.merging import MERGES
 
@@ -260,7 +279,7 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> int:
         return 0
     for row in rows:
         print(row["name"])
-        for key in ("system", "formula", "parameters", "source", "notes", "unverified"):
+        for key in ("system", "formula", "parameters", "best", "range", "collapsed", "source", "notes", "unverified"):
             value = row.get(key)
             if value:
                 text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -284,6 +303,7 @@ COMMANDS: dict[str, Command] = {
     "report": _report,
     "methods": _methods,
     "recipes": _recipes,
+    "metrics": _metrics,
     "merge-methods": _merge_methods,
     "submit": _submit,
 }

@@ -196,7 +196,6 @@ class Measured:
     def scores(self, data: EvalSet, settings: EvalSettings, dtype: str) -> Scores:
         """The data's Scores; parts without data are not measured."""
         count = len(data.members)
-        area = metrics.auc(self.losses[:count], self.losses[count:]) if self.losses else None
         right = [choice == question.answer for choice, question in zip(self.choices, data.questions, strict=True)]
         stated = {
             "max_new_tokens": settings.max_new_tokens,
@@ -211,7 +210,14 @@ class Measured:
             ("forget" if index < len(data.forget) else "retain", row.task, row.kind, row.output, text)
             for index, (row, text) in enumerate(zip([*data.forget, *data.retain], self.texts, strict=True))
         ]
-        return make_scores(rows, area, sum(right) / len(right) if right else None, stated)
+        return make_scores(
+            rows,
+            [row.id for row in (*data.forget, *data.retain)],
+            stated,
+            members=self.losses[:count],
+            nonmembers=self.losses[count:],
+            right=right,
+        )
 
 
 def evaluate_model(
@@ -266,17 +272,26 @@ def dtype_of(model: Any) -> str:
 
 def make_scores(
     rows: Sequence[tuple[str, str, str, str, str]],
-    area: float | None,
-    utility: float | None,
+    ids: Sequence[str],
     settings: dict[str, Any],
+    *,
+    members: Sequence[float] = (),
+    nonmembers: Sequence[float] = (),
+    right: Sequence[bool] = (),
+    utility: float | None = None,
 ) -> Scores:
-    """Scores from rows of (split, task, kind, expected, generated), the MIA AUC and the MMLU accuracy."""
-    terms, raw, counts = metrics.task_terms(rows)
+    """Scores and their intervals from rows of (split, task, kind, expected, generated) with their ids, the losses of
+    the MIA's documents, and which questions were answered; `utility` where only their share is known."""
+    values = metrics.row_values(rows)
+    terms, raw, counts = metrics.cell_terms(values)
     aggregate = metrics.harmonic_mean(list(terms.values())) if terms else None
+    area = metrics.auc(members, nonmembers) if len(members) or len(nonmembers) else None
     mia = None if area is None else metrics.mia_score(area)
+    utility = sum(right) / len(right) if right else utility
     final = None
     if aggregate is not None and mia is not None and utility is not None:
         final = metrics.final_score(aggregate, mia, utility)
+    documents = metrics.with_documents(values, ids)
     return Scores(
         terms=terms,
         raw=raw,
@@ -287,4 +302,5 @@ def make_scores(
         utility=utility,
         final=final,
         settings=settings,
+        intervals=metrics.objective_intervals(documents, members=members, nonmembers=nonmembers, right=right),
     )

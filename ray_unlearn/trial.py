@@ -24,7 +24,7 @@ from ray_unlearn.models import context_length
 from ray_unlearn.objective import Objective, Row, StepLoss
 from ray_unlearn.records import Example, Scores
 from ray_unlearn.schedule import Step, plan, snapshot_steps
-from ray_unlearn.scoring import EvalSet, EvalSettings, Shard, evaluate_model
+from ray_unlearn.scoring import EvalSet, EvalSettings, Shard, score_model
 from ray_unlearn.tuning import Tuned
 
 HOPELESS_UTILITY = 0.5
@@ -219,7 +219,7 @@ def _snapshot(
     # In stage 3 every forward pass is a collective, so all ranks walk through all rows together.
     shard = Shard(worker.rank, worker.world, worker.gather) if engine.stage < 3 else Shard()
     with tuned.delivered(engine.module):
-        scores, _ = evaluate_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
+        scores = score_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
         weights = engine.weights(tuned.trainable)
     files = tuned.files(weights) if worker.rank == 0 else {}
     metrics = {
