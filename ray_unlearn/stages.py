@@ -13,6 +13,7 @@ from ray_unlearn import selection
 from ray_unlearn.executor import Executor
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
+from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.records import (
     Candidate,
@@ -26,7 +27,6 @@ from ray_unlearn.records import (
 )
 from ray_unlearn.rundir import Run, clean_up, read_json
 from ray_unlearn.spaces import Space
-from ray_unlearn.tuning import read_snapshot
 from ray_unlearn.workbench import BenchSpec, ModelSource, score_models
 
 
