@@ -188,7 +188,8 @@ def _courses(run: RunView) -> dict[str, Any]:
         why, wanted = "the trial of the choice", [owners[run.choice]]
     elif run.choice is not None:
         why = "the trials that the chosen merge was made of"
-        wanted = [owners[member] for member in recipe.get("members", []) if member in owners]
+        leaves = recipe.get("member_trials") or recipe.get("members", [])  # a member may be a merge itself
+        wanted = [owners[member] for member in leaves if member in owners]
     else:
         scored = [(s.scores.final, trial.id) for trial in drawn for s in trial.snapshots if s.scores.final is not None]
         why, wanted = "the trial with the highest final so far", [max(scored)[1]] if scored else []
