@@ -8,6 +8,7 @@ import json
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
@@ -15,7 +16,7 @@ from ray_unlearn.merging.factors import SHARED_START, Factors, shared_start, tie
 from ray_unlearn.merging.members import Member, Source
 from ray_unlearn.merging.methods import MERGES, Settings
 from ray_unlearn.merging.recipe import LAYER, MergeRecipe, depth_of
-from ray_unlearn.merging.sparsify import Histogram, apply_cut, find_cut, keep_count, rescaled
+from ray_unlearn.merging.sparsify import BINS, Histogram, apply_cut, find_cut, keep_count, rescaled
 
 
 class Combiner:
@@ -27,7 +28,9 @@ class Combiner:
         layers = [int(found[1]) for name, _ in base.named_parameters() if (found := LAYER.search(name))]
         self.layers = max(layers, default=0) + 1
         self._histograms: dict[tuple[str, str], Histogram] = {}
+        self._room: dict[str, Tensor] = {}
         self._cuts: dict[tuple[str, str, int], Any] = {}
+        self._places = {name: place for place, (name, _) in enumerate(base.named_parameters())}
         self._checked: set[str] = set()
 
     def add(self, name: str, source: Source) -> Member:
@@ -112,9 +115,16 @@ class Combiner:
         if cut is None:
             histogram = self._histograms.get((key, name))
             if histogram is None:
-                histogram = self._histograms[key, name] = Histogram.of(delta)
-            cut = self._cuts[key, name, keep] = find_cut(delta, keep, histogram)
+                histogram = self._histograms[key, name] = Histogram.of(delta.cpu(), self._counts_of(key, name))
+            cut = self._cuts[key, name, keep] = find_cut(delta.cpu(), keep, histogram)
         return apply_cut(delta, cut)
+
+    def _counts_of(self, key: str, name: str) -> Tensor:
+        """Room for a histogram's counts, one block for each member: single ones would lie between the large tensors
+        that come and go, and keep their memory from being used again."""
+        if key not in self._room:
+            self._room[key] = torch.empty(len(self._places), BINS, dtype=torch.int32)
+        return self._room[key][self._places[name]]
 
     @staticmethod
     def _key(recipe: MergeRecipe, member: str) -> str:

@@ -38,18 +38,20 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], lambda_: float, no
     part; where nobody agrees the result is zero. Yadav et al. 2023 (arXiv 2306.01708), weighted as in
     mergekit, except that mergekit divides by w_i, so that a negative weight there undoes itself.
     """
-    weighted = [weight * delta for delta, weight in zip(deltas, weights, strict=True)]
-    vote = weighted[0].clone()
-    for term in weighted[1:]:
+    terms = [weight * delta for delta, weight in zip(deltas, weights, strict=True)]
+    vote = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
+    for term in terms[2:]:
         vote += term
-    sign = torch.ge(vote, 0, out=torch.empty_like(vote)).mul_(2).sub_(1)
-    total, share, agrees = torch.zeros_like(vote), torch.zeros_like(vote), torch.empty_like(vote)
-    for term, weight in zip(weighted, weights, strict=True):
-        agreeing = term.mul_(sign).clamp_(min=0)
-        total += agreeing
-        if normalize:
-            share.add_(torch.gt(agreeing, 0, out=agrees), alpha=abs(weight))
+    sign = vote.sign_().add_(0.5).sign_()  # zero becomes one
+    for term in terms:
+        term.mul_(sign).clamp_(min=0)  # what agrees, without its sign
+    total = terms[0].clone() if normalize else terms[0]
+    for term in terms[1:]:
+        total += term
     if normalize:
+        share = terms[0].sign_().mul_(abs(weights[0]))
+        for term, weight in zip(terms[1:], weights[1:], strict=True):
+            share.add_(term.sign_(), alpha=abs(weight))
         total /= share.clamp_(min=torch.finfo(share.dtype).tiny)
     return total.mul_(sign).mul_(lambda_)
 

@@ -16,6 +16,8 @@ from ray_unlearn.records import Scores
 
 FIRST_DENSITY = 0.8
 """ZJUKLAB's (arXiv 2503.21088)."""
+DENSITY_STEP = 0.05
+"""Densities come from a grid, so that a member's cuts, which depend on nothing else, are found once."""
 WEIGHTS = (0.1, 10.0)
 """Of another member over the first's."""
 SEGMENT_STEPS, SEGMENT_TOLERANCE = 5, 0.01
@@ -135,8 +137,8 @@ def _density(trial: Any, method: str) -> float:
     if not MERGES[method].uses_density:
         return 1.0
     if method == "della":  # its chances must stay within (0, 1) at density -+ 0.15
-        return float(trial.suggest_float("della_density", 0.2, 0.8))
-    return float(trial.suggest_float("density", 0.2, 1.0))
+        return float(trial.suggest_float("della_density", 0.2, 0.8, step=DENSITY_STEP))
+    return float(trial.suggest_float("density", 0.2, 1.0, step=DENSITY_STEP))
 
 
 def bisected(points: Sequence[tuple[float, float | None]]) -> float | None:

@@ -30,19 +30,29 @@ def keep_count(count: int, density: float) -> int:
 # -- by magnitude ----------------------------------------------------------------------------------
 
 
+BINS = 2048
+"""Of a histogram of magnitudes: 16 octaves under the largest one, 128 bins each."""
+
+
 @dataclass(frozen=True)
 class Histogram:
-    """How many magnitudes a tensor has by the upper 15 bits of their float32 pattern, which sorts as they do."""
+    """How many magnitudes a tensor has by the upper 15 bits of their float32 pattern, which sorts as they do.
+
+    The first bin holds all that are smaller than 2^-16 of the largest, too.
+    """
 
     lowest: int
     counts: Tensor
+    """[BINS] int32."""
 
     @classmethod
-    def of(cls, delta: Tensor) -> Histogram:
-        """The histogram of a float32 tensor: at most 32,768 bins, of under 1 % relative width."""
+    def of(cls, delta: Tensor, out: Tensor | None = None) -> Histogram:
+        """The histogram of a float32 tensor, of at least one entry; its counts in `out` where given."""
         bins = _pattern(delta) >> 16
-        lowest = int(bins.min())
-        return cls(lowest, torch.bincount(bins - lowest))
+        lowest = max(0, int(bins.max()) - BINS + 1)
+        found = torch.bincount(bins.sub_(lowest).clamp_(min=0), minlength=BINS)
+        counts = torch.empty(BINS, dtype=torch.int32) if out is None else out
+        return cls(lowest, counts.copy_(found))
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,11 @@ def find_cut(delta: Tensor, keep: int, histogram: Histogram | None = None) -> Cu
     histogram = histogram or Histogram.of(delta)
     above = histogram.counts.flip(0).cumsum(0)  # entries in this bin and those over it
     place = int((above < keep).sum())
-    number = len(above) - 1 - place + histogram.lowest
     over = int(above[place - 1]) if place else 0
     pattern = _pattern(delta)
-    inside = pattern[(pattern >> 16) == number]
+    bins = pattern >> 16
+    number = BINS - 1 - place
+    inside = pattern[bins <= histogram.lowest if number == 0 else bins == number + histogram.lowest]
     wanted = keep - over
     threshold = inside.kthvalue(len(inside) - wanted + 1).values
     room = wanted - int((inside > threshold).sum())
@@ -84,7 +95,7 @@ def apply_cut(delta: Tensor, cut: Cut) -> Tensor:
     below = torch.nextafter(torch.tensor(cut.threshold), torch.tensor(-1.0)).item()
     kept = F.hardshrink(delta, below)  # zeros what is at most `below`
     if cut.dropped is not None:
-        kept.view(-1)[cut.dropped] = 0.0
+        kept.view(-1)[cut.dropped.to(kept.device)] = 0.0
     return kept
 
 
