@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ray_unlearn.merging import MERGES
 from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
 from ray_unlearn.report import figures
 from ray_unlearn.report.run import RunView
@@ -40,7 +41,7 @@ def render(run: RunView) -> str:
         "scores": _score_groups(run),
         "has_reference": bool(final.get("reference")),
         "planes": _planes(run),
-        "recipes": _recipes(run),
+        **_recipes(run),
         "candidates": _candidate_rows(run),
         "shown": SHOWN_CANDIDATES,
         "failures": _failures(run),
@@ -209,13 +210,25 @@ def _courses(run: RunView) -> dict[str, Any]:
     return {"courses": pictures, "highlighted": colours, "highlighted_why": why}
 
 
-def _recipes(run: RunView) -> list[figures.Picture]:
+def _recipes(run: RunView) -> dict[str, Any]:
+    """The figures of the merges, and the colours of their methods."""
+    methods = list(dict.fromkeys(str(merge.recipe.get("method")) for merge in run.merges if merge.scores))
+    colours = {method: figures.METHODS[i % len(figures.METHODS)] for i, method in enumerate(methods)}
+    aucs = {c.id: c.scores.mia_auc for c in run.candidates if c.scores.mia_auc is not None}
     finals = [
         c.scores.final
         for c in run.candidates
         if not isinstance(c.record, MergeRecord) and c.scores.final is not None and run.feasible(c.scores) is not False
     ]
-    return figures.recipes(run.merges, best_snapshot=max(finals, default=None), choice=run.choice)
+    pictures = figures.recipes(
+        run.merges,
+        colours=colours,
+        thinned={name for name, method in MERGES.items() if method.uses_density},
+        best_snapshot=max(finals, default=None),
+        choice=run.choice,
+    )
+    pictures += figures.balance(run.merges, aucs=aucs, colours=colours, choice=run.choice)
+    return {"recipes": pictures, "merge_colours": colours}
 
 
 def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
