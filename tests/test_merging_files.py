@@ -419,3 +419,37 @@ def test_a_merge_that_changes_more_than_matrices_is_no_adapter(bench, members, b
     recipe = MergeRecipe(members=["full", "lora-a"], weights=[1.0, 1.0], densities=[0.8, 0.8])
     with pytest.raises(InputError, match=r"an adapter holds linear layers only; the merge changes .*norm"):
         write_adapter(recipe, bench.model, base_path, members, tmp_path / "out", 4)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_delivered_merge_is_the_scored_one_and_can_be_made_again(members, base_path, tmp_path, nested):
+    from types import SimpleNamespace
+
+    from ray_unlearn.api import merge_by_recipe
+    from ray_unlearn.records import Candidate, MergeRecord, Scores
+    from ray_unlearn.selection import write_best
+
+    for step, name in enumerate(("full", "lora-a", "lora-b")):
+        folder = tmp_path / "snapshots" / "trial-0000" / f"{step:05d}"
+        folder.mkdir(parents=True)
+        for file, content in members[name].items():
+            (folder / file).write_bytes(content)
+    ids = [f"trial-0000/{step:05d}" for step in range(3)]
+    recipe = MergeRecipe(method="dare_ties", members=ids[:2], weights=[1.0, 2.0], densities=[0.5, 0.8])
+    if nested:
+        inner = {"merge-0001": recipe}
+        recipe = MergeRecipe(members=["merge-0001", ids[2]], weights=[1.0, 1.0], densities=[0.8, 0.8], merges=inner)
+    empty = Scores(terms={}, raw={}, counts={})
+    record = MergeRecord(
+        id="merge-0002", status="finished", recipe=json.loads(json.dumps(recipe.to_json())), scores=empty
+    )
+    run = SimpleNamespace(
+        dir=tmp_path,
+        model_path=base_path,
+        job=SimpleNamespace(eval_settings=None),
+        inputs=SimpleNamespace(final_set=None),
+    )
+    assert write_best(run, Candidate(id="merge-0002", scores=empty, record=record)) == 0.0
+    merge_by_recipe(tmp_path / "best", None, tmp_path / "again")
+    first, second = (tmp_path / name / "model.safetensors" for name in ("best", "again"))
+    assert first.read_bytes() == second.read_bytes()

@@ -107,9 +107,9 @@ class MergeRecipe:
         """As records and cards write it: lambda_ is `lambda` there, and options at their default are absent."""
         data: dict[str, Any] = {
             "method": self.method,
-            "members": self.members,
-            "weights": self.weights,
-            "densities": self.densities,
+            "members": list(self.members),
+            "weights": [_copy(weight) for weight in self.weights],  # YAML would mark a list that stands twice
+            "densities": [_copy(density) for density in self.densities],
             "lambda": self.lambda_,
         }
         for entry in dataclasses.fields(self)[5:]:
@@ -188,6 +188,10 @@ def depth_of(tensor: str, layers: int) -> float:
     if found is None:
         return 0.0
     return int(found[1]) / (layers - 1) if layers > 1 else 1.0
+
+
+def _copy(value: Graded) -> Graded:
+    return list(value) if isinstance(value, list) else value
 
 
 def _anchors(values: Sequence[Graded]) -> list[float]:
