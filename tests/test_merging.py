@@ -13,7 +13,16 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.factors import Factors, concatenated, shared_start, ties_factors, truncated
 from ray_unlearn.merging.recipe import at_depth, depth_of
-from ray_unlearn.merging.sparsify import breadcrumbs, drop_and_rescale, magprune, magprune_probabilities, trim
+from ray_unlearn.merging.sparsify import (
+    Cut,
+    apply_cut,
+    breadcrumbs,
+    drop_and_rescale,
+    find_cuts,
+    magprune,
+    magprune_probabilities,
+    trim,
+)
 
 
 def merged(method, deltas, weights, densities, lambda_=1.0, base=None, **options):
@@ -58,6 +67,23 @@ def test_trim_of_equal_magnitudes_keeps_the_number_and_the_first():
     assert trim(delta, 0.5).tolist() == [[1.0, -1.0, 2.0], [0, 0, 0]]
     assert trim(torch.full((10,), -3.0), 0.3).tolist() == [-3.0] * 3 + [0.0] * 7
     assert trim(delta, 1.0).equal(delta) and delta[1, 1] == -1  # the argument is left alone
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_cuts_found_together_are_those_found_alone_over_all_magnitudes(seed, coarse):
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(3000, generator=generator) * 10 ** (4 * torch.randn(3000, generator=generator))
+    if coarse:
+        delta = delta.sign() * 2.0 ** delta.abs().log2().round()
+        delta[::7] = 0
+    keeps = [1, 2, 10, 500, 1499, 1500, 2600, 2999, 3000]
+    order = sorted(range(3000), key=lambda i: (-abs(delta[i].item()), i))
+    for keep, cut in zip(keeps, find_cuts(delta, keeps), strict=True):
+        stays = set(order[:keep])
+        expected = torch.tensor([delta[i].item() if i in stays else 0.0 for i in range(3000)])
+        assert apply_cut(delta, cut).equal(expected) and apply_cut(delta, find_cuts(delta, [keep])[0]).equal(expected)
+    assert find_cuts(torch.zeros(5), [2]) == [Cut(0.0)]
 
 
 # -- ties ------------------------------------------------------------------------------------------

@@ -179,14 +179,14 @@ def test_a_random_mask_follows_the_members_content_not_its_name_or_place(bench, 
         assert all(other[name].equal(results[0][name]) for name in other)
 
 
-def test_cuts_are_found_once_for_each_member_tensor_and_density(bench, members, monkeypatch):
+def test_cuts_of_the_searchs_densities_are_found_once_for_each_member_and_tensor(bench, members, monkeypatch):
     from ray_unlearn.merging import combine
 
     calls = []
-    monkeypatch.setattr(combine, "find_cut", lambda *a, found=combine.find_cut: calls.append(1) or found(*a))
+    monkeypatch.setattr(combine, "find_cuts", lambda *a, found=combine.find_cuts: calls.append(1) or found(*a))
     merger = Merger(bench, members)
-    for weights in ([1.0, 1.0], [1.0, 2.0], [3.0, 1.0]):
-        merger.merge(MergeRecipe(members=["lora-a", "full"], weights=weights, densities=[0.5, 0.8]))
+    for weights, densities in (([1.0, 1.0], [0.5, 0.8]), ([1.0, 2.0], [0.8, 0.2]), ([3.0, 1.0], [0.35, 0.95])):
+        merger.merge(MergeRecipe(members=["lora-a", "full"], weights=weights, densities=densities))
     tensors = sum(len(merger.combiner.members[name].tensors) for name in ("lora-a", "full"))
     untouched = 2 * len(merger.combiner.touched(RECIPES[0])) - tensors
     assert len(calls) <= tensors + untouched

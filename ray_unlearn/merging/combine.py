@@ -8,7 +8,6 @@ import json
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
@@ -16,27 +15,26 @@ from ray_unlearn.merging.factors import SHARED_START, Factors, shared_start, tie
 from ray_unlearn.merging.members import Member, Source
 from ray_unlearn.merging.methods import MERGES, Settings
 from ray_unlearn.merging.recipe import LAYER, MergeRecipe, depth_of
-from ray_unlearn.merging.sparsify import BINS, Histogram, apply_cut, find_cut, keep_count, rescaled
+from ray_unlearn.merging.sparsify import Cut, apply_cut, find_cuts, keep_count, rescaled
+
+DENSITY_GRID = tuple(round(0.05 * step, 2) for step in range(4, 20))
+"""Densities that the search draws, below 1."""
 
 
 class Combiner:
-    """Merges members tensor by tensor. A member's histogram and cuts are found once for each tensor and density."""
+    """Merges members tensor by tensor. A member's cuts are found once for each tensor and density."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
         self.members: dict[str, Member] = {}
         layers = [int(found[1]) for name, _ in base.named_parameters() if (found := LAYER.search(name))]
         self.layers = max(layers, default=0) + 1
-        self._histograms: dict[tuple[str, str], Histogram] = {}
-        self._room: dict[str, Tensor] = {}
-        self._cuts: dict[tuple[str, str, int], Any] = {}
-        self._places = {name: place for place, (name, _) in enumerate(base.named_parameters())}
+        self._cuts: dict[tuple[str, str, int], Cut] = {}
         self._checked: set[str] = set()
 
     def add(self, name: str, source: Source) -> Member:
         """Takes a member; raises InputError for one of another base."""
         if name in self.members:  # another member under an old name
-            self._histograms.clear()
             self._cuts.clear()
         self.members[name] = Member.of(source, self.base, name)
         return self.members[name]
@@ -107,24 +105,18 @@ class Combiner:
         return method.sparsify(on_host, density, settings, generator).to(delta.device)
 
     def _trimmed(self, key: str, name: str, delta: Tensor, density: float) -> Tensor:
-        """`sparsify.trim`, with what depends on this member, tensor and density alone found once."""
-        keep = keep_count(delta.numel(), density)
-        if keep >= delta.numel():
+        """`sparsify.trim`, with what depends on this member, tensor and density alone found once: at the first need
+        for all densities of the search's grid."""
+        count = delta.numel()
+        keep = keep_count(count, density)
+        if keep >= count:
             return delta
-        cut = self._cuts.get((key, name, keep))
-        if cut is None:
-            histogram = self._histograms.get((key, name))
-            if histogram is None:
-                histogram = self._histograms[key, name] = Histogram.of(delta.cpu(), self._counts_of(key, name))
-            cut = self._cuts[key, name, keep] = find_cut(delta.cpu(), keep, histogram)
-        return apply_cut(delta, cut)
-
-    def _counts_of(self, key: str, name: str) -> Tensor:
-        """Room for a histogram's counts, one block for each member: single ones would lie between the large tensors
-        that come and go, and keep their memory from being used again."""
-        if key not in self._room:
-            self._room[key] = torch.empty(len(self._places), BINS, dtype=torch.int32)
-        return self._room[key][self._places[name]]
+        if (key, name, keep) not in self._cuts:
+            grid = {keep, *(max(1, int(share * count)) for share in DENSITY_GRID)}
+            keeps = sorted(kept for kept in grid if kept < count and (key, name, kept) not in self._cuts)
+            for kept, cut in zip(keeps, find_cuts(delta, keeps), strict=True):
+                self._cuts[key, name, kept] = cut
+        return apply_cut(delta, self._cuts[key, name, keep])
 
     @staticmethod
     def _key(recipe: MergeRecipe, member: str) -> str:

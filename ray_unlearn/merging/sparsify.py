@@ -6,6 +6,7 @@ Each returns a new tensor of the delta's shape. At a density of 1 the delta come
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,28 +32,7 @@ def keep_count(count: int, density: float) -> int:
 
 
 BINS = 2048
-"""Of a histogram of magnitudes: 16 octaves under the largest one, 128 bins each."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many magnitudes a tensor has by the upper 15 bits of their float32 pattern, which sorts as they do.
-
-    The first bin holds all that are smaller than 2^-16 of the largest, too.
-    """
-
-    lowest: int
-    counts: Tensor
-    """[BINS] int32."""
-
-    @classmethod
-    def of(cls, delta: Tensor, out: Tensor | None = None) -> Histogram:
-        """The histogram of a float32 tensor, of at least one entry; its counts in `out` where given."""
-        bins = _pattern(delta) >> 16
-        lowest = max(0, int(bins.max()) - BINS + 1)
-        found = torch.bincount(bins.sub_(lowest).clamp_(min=0), minlength=BINS)
-        counts = torch.empty(BINS, dtype=torch.int32) if out is None else out
-        return cls(lowest, counts.copy_(found))
+"""Of a histogram of magnitudes: 16 octaves under the largest one, 128 bins each, under 1 % wide."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +48,39 @@ def _pattern(delta: Tensor) -> Tensor:
     return delta.detach().abs().flatten().view(torch.int32)
 
 
-def find_cut(delta: Tensor, keep: int, histogram: Histogram | None = None) -> Cut:
-    """The cut that keeps the `keep` largest magnitudes of a float32 tensor; its histogram may be given.
+def find_cuts(delta: Tensor, keeps: Sequence[int]) -> list[Cut]:
+    """The cuts that keep the so many largest magnitudes of a float32 tensor, each between 1 and its size.
 
-    Selection, no sort: the histogram names the bin that holds the threshold, and only that bin is searched.
+    Selection: a histogram names the bins that hold the thresholds, and only those bins' entries are
+    sorted. Bins are the upper 15 bits of the float32 pattern, which sorts as the magnitudes do; the
+    first bin holds all that are under 2^-16 of the largest.
     """
-    histogram = histogram or Histogram.of(delta)
-    above = histogram.counts.flip(0).cumsum(0)  # entries in this bin and those over it
-    place = int((above < keep).sum())
-    over = int(above[place - 1]) if place else 0
     pattern = _pattern(delta)
     bins = pattern >> 16
-    number = BINS - 1 - place
-    inside = pattern[bins <= histogram.lowest if number == 0 else bins == number + histogram.lowest]
-    wanted = keep - over
-    threshold = inside.kthvalue(len(inside) - wanted + 1).values
-    room = wanted - int((inside > threshold).sum())
-    dropped = None
-    if int((inside == threshold).sum()) > room:
-        dropped = (pattern == threshold).nonzero().flatten()[room:]
-    return Cut(float(threshold.view(torch.float32)), dropped)
+    top = int(bins.max())
+    if top == 0:
+        return [Cut(0.0)] * len(keeps)
+    bins.sub_(max(0, top - BINS + 1)).clamp_(min=0)
+    counts = torch.bincount(bins, minlength=BINS)
+    above = counts.flip(0).cumsum(0)  # entries in a bin and in those over it, from the highest bin down
+    places = torch.searchsorted(above, torch.tensor(keeps, device=above.device))
+    numbers = BINS - 1 - places
+    wanted = torch.zeros(BINS, dtype=torch.bool, device=bins.device)
+    wanted[numbers] = True
+    inside = pattern[wanted[bins]].sort().values
+    ends = (counts * wanted).cumsum(0)[numbers].tolist()  # where each bin's entries end among them
+    over = (above - counts.flip(0))[places].tolist()
+    return [_cut_at(pattern, inside, end, keep - more) for keep, end, more in zip(keeps, ends, over, strict=True)]
+
+
+def _cut_at(pattern: Tensor, inside: Tensor, end: int, keep: int) -> Cut:
+    """The cut that keeps `keep` of the sorted entries `inside` before `end`, and whatever is in higher bins."""
+    threshold = inside[end - keep]
+    value = float(threshold.view(torch.float32))
+    if value == 0 or end == keep or inside[end - keep - 1] != threshold:
+        return Cut(value)
+    room = keep - (end - int(torch.searchsorted(inside, threshold, right=True)))
+    return Cut(value, (pattern == threshold).nonzero().flatten()[room:])
 
 
 def apply_cut(delta: Tensor, cut: Cut) -> Tensor:
@@ -106,7 +99,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
     sort that is not stable, so which of them stay depends on the processor there.
     """
     keep = keep_count(delta.numel(), density)
-    return delta if keep >= delta.numel() else apply_cut(delta, find_cut(delta, keep))
+    return delta if keep >= delta.numel() else apply_cut(delta, find_cuts(delta, [keep])[0])
 
 
 def breadcrumbs(delta: Tensor, density: float, gamma: float) -> Tensor:
@@ -120,8 +113,10 @@ def breadcrumbs(delta: Tensor, density: float, gamma: float) -> Tensor:
     if keep >= count:
         return delta
     outliers = min(int(gamma * count), count - keep)
-    kept = apply_cut(delta, find_cut(delta, keep + outliers)) if keep + outliers < count else delta
-    return kept - apply_cut(delta, find_cut(delta, outliers)) if outliers else kept
+    if not outliers:
+        return trim(delta, density)
+    both, largest = find_cuts(delta, [keep + outliers, outliers])
+    return apply_cut(delta, both) - apply_cut(delta, largest)
 
 
 # -- at random -------------------------------------------------------------------------------------
