@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CHUNK = 2**16
+"""Entries that an election takes at a time on a CPU: its dozen passes then stay in the cache."""
+
 NEARLY_PARALLEL = 0.9995
 """Cosine above which SLERP interpolates in a straight line (mergekit's `dot_threshold`)."""
 
@@ -38,6 +41,12 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], lambda_: float, no
     part; where nobody agrees the result is zero. Yadav et al. 2023 (arXiv 2306.01708), weighted as in
     mergekit, except that mergekit divides by w_i, so that a negative weight there undoes itself.
     """
+    size = CHUNK if deltas[0].device.type == "cpu" else max(1, deltas[0].numel())
+    chunks = zip(*(delta.flatten().split(size) for delta in deltas), strict=True)
+    return torch.cat([_elect(chunk, weights, lambda_, normalize) for chunk in chunks]).view_as(deltas[0])
+
+
+def _elect(deltas: Sequence[Tensor], weights: Sequence[float], lambda_: float, normalize: bool) -> Tensor:
     terms = [weight * delta for delta, weight in zip(deltas, weights, strict=True)]
     vote = terms[0] + terms[1] if len(terms) > 1 else terms[0].clone()
     for term in terms[2:]:

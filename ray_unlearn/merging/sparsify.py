@@ -65,9 +65,9 @@ def find_cuts(delta: Tensor, keeps: Sequence[int]) -> list[Cut]:
     above = counts.flip(0).cumsum(0)  # entries in a bin and in those over it, from the highest bin down
     places = torch.searchsorted(above, torch.tensor(keeps, device=above.device))
     numbers = BINS - 1 - places
-    wanted = torch.zeros(BINS, dtype=torch.bool, device=bins.device)
-    wanted[numbers] = True
-    inside = pattern[wanted[bins]].sort().values
+    wanted = torch.zeros(BINS, dtype=torch.uint8, device=bins.device)
+    wanted[numbers] = 1
+    inside = pattern[wanted.index_select(0, bins).bool()].sort().values
     ends = (counts * wanted).cumsum(0)[numbers].tolist()  # where each bin's entries end among them
     over = (above - counts.flip(0))[places].tolist()
     return [_cut_at(pattern, inside, end, keep - more) for keep, end, more in zip(keeps, ends, over, strict=True)]
