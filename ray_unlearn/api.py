@@ -21,7 +21,8 @@ from ray_unlearn.data import (
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, device
 from ray_unlearn.measuring import extra_names, more_metrics
-from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.merging.recipe import Graded
 from ray_unlearn.models import check_model, load_model, load_tokenizer
 from ray_unlearn.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.records import (
@@ -38,7 +39,6 @@ from ray_unlearn.scoring import EvalSet, EvalSettings, make_scores
 
 OFFICIAL_TERMS = 12
 OFFICIAL = {"max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
-MERGE_FILE = "merge.json"
 
 
 def evaluate(
@@ -319,15 +319,19 @@ def merge(
     out: str | Path,
     *,
     method: str = "ties",
-    densities: Sequence[float] = (1.0,),
-    weights: Sequence[float] | None = None,
-    lambda_: float = 1.0,
+    densities: Sequence[Graded] = (1.0,),
+    weights: Sequence[Graded] | None = None,
+    lambda_: Graded = 1.0,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Path:
-    """Merges adapters, snapshots or full checkpoints of one base into a model directory at `out`."""
-    from ray_unlearn.merging.writer import write_merge
-    from ray_unlearn.models import check_adapter
-    from ray_unlearn.tuning import read_member
+    """Merges adapters, snapshots or full checkpoints of one base into a model directory, or an adapter, at `out`.
 
+    A density or weight for each member, or one for all; a list in place of a number is a gradient
+    over depth. `options` are the recipe's others: normalize, rescale, epsilon, gamma, seed.
+    """
     names = [str(member) for member in members]
     if len(set(names)) != len(names):
         raise InputError(f"a member is named twice: {names}. Give it once, with the sum of its weights.")
@@ -337,14 +341,71 @@ def merge(
         weights=list(weights) if weights else [1.0] * len(names),
         densities=list(densities) * (len(names) if len(densities) == 1 else 1),
         lambda_=lambda_,
+        **options,
     )
+    if not MERGES[method].uses_density and any(density != 1.0 for density in recipe.densities):
+        raise InputError(f"{method} thins nothing out: a density of {list(densities)} would change nothing; leave it.")
+    return merge_by_recipe(recipe, base, out, as_adapter=as_adapter, rank=rank, log=log)
+
+
+def merge_by_recipe(
+    recipe: MergeRecipe | str | Path,
+    base: str | None,
+    out: str | Path,
+    *,
+    folder: str | Path | None = None,
+    as_adapter: bool = False,
+    rank: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """The merge that a recipe names, or the file or model card it stands in; the same bytes each time on one machine.
+
+    `base` and `folder` (what members' names are relative to) are the file's own where None.
+    """
+    from ray_unlearn.merging.files import MERGE_FILE, MergePlan, merge_file, read_plan
+    from ray_unlearn.models import check_adapter
+
+    given = (
+        MergePlan(recipe=recipe, base=None, folder=None) if isinstance(recipe, MergeRecipe) else read_plan(Path(recipe))
+    )
+    base = base or given.base
+    if base is None:
+        raise InputError("the recipe names no base model; give --base.")
+    if rank is not None and not (as_adapter and rank >= 1):
+        raise InputError(f"--rank belongs to --as-adapter and must be at least 1, got {rank}.")
     place = claim_directory(out, MERGE_FILE)
     check_model(base)
-    for name in names:
-        if (Path(name) / "adapter_config.json").exists():
-            check_adapter(name, base)
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    files = {name: read_member(Path(name), model) for name in names}
-    write_merge(recipe, model, tokenizer, files, place)
-    write_json(place / MERGE_FILE, {"base": base, **recipe.to_json()})
+    sources = given.sources(Path(folder) if folder else None)
+    for source in sources.values():
+        if not source.is_dir():
+            raise InputError(f"no such member: {source}. Names in a recipe are relative to its folder; give --folder.")
+        if (source / "adapter_config.json").exists():
+            check_adapter(str(source), base)
+    if as_adapter:
+        _merge_into_adapter(given.recipe, base, sources, place, rank, log)
+    else:
+        from ray_unlearn.merging.writer import write_merge
+
+        write_merge(given.recipe, base, sources, place)
+    from ray_unlearn.report.card import merge_card
+
+    content = merge_file(given.recipe, base, Path(folder) if folder else given.folder)
+    write_text(place / "README.md", merge_card(content))
+    write_json(place / MERGE_FILE, content)
     return place
+
+
+def _merge_into_adapter(
+    recipe: MergeRecipe, base: str, sources: dict[str, Path], place: Path, rank: int | None, log: Callable[[str], None]
+) -> None:
+    from ray_unlearn.merging.adapter import write_adapter
+
+    report = write_adapter(recipe, load_model(base), base, sources, place, rank)
+    if report.exact:
+        log(f"an adapter of rank {report.rank}, exact")
+    else:
+        name, share = report.worst
+        log(
+            f"an adapter of rank {report.rank}: {report.error:.4f} of the merged delta's Frobenius norm is cut off, "
+            f"at most {share:.4f} of one tensor's ({name})"
+        )

@@ -192,15 +192,31 @@ def _add_merge(commands: Any) -> None:
         "merge adapters or full checkpoints into a model directory",
         "merge --base M --adapters A B --method ties --density 0.8 --weights 1 1 --out merged",
     )
-    p.add_argument("--base", required=True, metavar="M")
+    p.add_argument("--base", metavar="M", help="(default: the recipe's)")
+    p.add_argument("--adapters", nargs="+", metavar="A", help="adapter, snapshot or full model directories")
+    p.add_argument("--recipe", metavar="FILE", help="merge.json, YAML, model card or merged model to make again")
+    p.add_argument("--folder", metavar="DIR", help="what the recipe's members are relative to (default: the recipe's)")
+    p.add_argument("--method", default="ties", help="(see: ray-unlearn merge-methods)")
     p.add_argument(
-        "--adapters", required=True, nargs="+", metavar="A", help="adapter, snapshot or full model directories"
+        "--density", type=_number_or_gradient, nargs="+", default=[1.0], metavar="D", help="one for all, or for each"
     )
-    p.add_argument("--method", default="ties")
-    p.add_argument("--density", type=float, nargs="+", default=[1.0], metavar="D", help="one for all, or one for each")
-    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each (default: 1)")
-    p.add_argument("--lambda", dest="lambda_", type=float, default=1.0, metavar="L")
+    p.add_argument("--weights", type=_number_or_gradient, nargs="+", metavar="W", help="one for each (default: 1)")
+    p.add_argument("--lambda", dest="lambda_", type=_number_or_gradient, default=1.0, metavar="L")
+    p.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide by the weights (see methods)")
+    p.add_argument("--rescale", action=argparse.BooleanOptionalAction, help="restore each delta's sum of magnitudes")
+    p.add_argument("--epsilon", type=float, default=0.15, help="della: spread of the chance to stay")
+    p.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of largest entries that go")
+    p.add_argument("--seed", type=int, default=0, help="of random masks")
+    p.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter; exact where the method is linear")
+    p.add_argument("--rank", type=int, metavar="R", help="of the adapter (default: the members' sum)")
     p.add_argument("--out", required=True, metavar="DIR")
+    p.epilog = f"{p.epilog}\n\nA number may be a gradient over depth: 1,0.5 falls from the first layer to the last."
+
+
+def _number_or_gradient(text: str) -> float | list[float]:
+    """A number, or several with commas between: anchors over the layers."""
+    values = [float(part) for part in text.split(",")]
+    return values if len(values) > 1 else values[0]
 
 
 def _model_and_data(p: argparse.ArgumentParser) -> None:

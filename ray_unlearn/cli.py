@@ -179,17 +179,20 @@ def _score(a: argparse.Namespace) -> int:
 
 
 def _merge(a: argparse.Namespace) -> int:
-    from ray_unlearn.api import merge
+    from ray_unlearn.api import merge, merge_by_recipe
+    from ray_unlearn.progress import Progress
 
-    out = merge(
-        a.base,
-        a.adapters,
-        a.out,
-        method=a.method,
-        densities=a.density,
-        weights=a.weights,
-        lambda_=a.lambda_,
-    )
+    if (a.recipe is None) == (a.adapters is None):
+        raise InputError("give either --adapters A B ... or --recipe FILE.")
+    common = {"as_adapter": a.as_adapter, "rank": a.rank, "log": Progress().line}
+    if a.recipe is not None:
+        out = merge_by_recipe(a.recipe, a.base, a.out, folder=a.folder, **common)
+    else:
+        if a.base is None:
+            raise InputError("--adapters needs --base, the model they change.")
+        options = {name: getattr(a, name) for name in ("normalize", "rescale", "epsilon", "gamma", "seed")}
+        numbers = {"densities": a.density, "weights": a.weights, "lambda_": a.lambda_}
+        out = merge(a.base, a.adapters, a.out, method=a.method, **numbers, **options, **common)
     print(out)
     return 0
 
@@ -265,7 +268,14 @@ def _merge_methods(a: argparse.Namespace) -> int:
         {
             "name": name,
             "formula": method.formula,
-            "parameters": {"weights": "1 each", "lambda": 1.0} | ({"density": 1.0} if method.uses_density else {}),
+            "parameters": {
+                key: value
+                for key, value in (
+                    {"weight": 1.0, "density": 1.0, "lambda": 1.0, "epsilon": 0.15, "gamma": 0.01, "seed": 0}
+                    | {"normalize": method.normalize, "rescale": method.rescale}
+                ).items()
+                if key in method.parameters
+            },
             "source": method.source,
         }
         for name, method in MERGES.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from ray_unlearn.executor import Executor, events
 from ray_unlearn.job import Job
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
+from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.models import empty_model
 from ray_unlearn.recipes import Geometry, Recipe, recipe, scaled
 from ray_unlearn.records import Scores, TrialRecord, load_records, write_json, write_text
 from ray_unlearn.rundir import Run
 from ray_unlearn.stages import bench_spec, save_merge
-from ray_unlearn.tuning import read_snapshot
 
 COLUMNS = ("task_aggregate", "mia_score", "utility", "final")
 
@@ -115,8 +116,13 @@ def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) ->
         )
         inputs = [spec, ray.put({snapshot.id: read_snapshot(run.dir / snapshot.path) for snapshot in lasts})]
         threads = max(1, int(run.job.resources.cpus_per_worker))
-        scores, reason, seconds = ray.get(actor.score.remote(made, inputs, threads))
-        save_merge(run, entry.id, made, scores, reason, seconds)
+        began = time.monotonic()
+        scores, reason = None, ""
+        try:
+            scores = ray.get(actor.score.remote(made, inputs, threads))
+        except ray.exceptions.RayTaskError as error:
+            reason = f"{type(error.cause).__name__}: {error.cause}"
+        save_merge(run, entry.id, made, scores, reason, time.monotonic() - began)
     ray.kill(actor)
 
 

@@ -158,11 +158,18 @@ class MergePart:
     """The search over merges of front members."""
 
     candidates: int = 24
-    """Merges tried; 0 for none."""
-    methods: list[str] = field(default_factory=lambda: ["ties"])
+    """Merges tried at most; 0 for none."""
+    patience: int = 16
+    """Merges without growth of the hypervolume after which the search ends; 0 tries all `candidates`."""
+    methods: list[str] = field(default_factory=lambda: ["ties", "linear"])
+    """The first points are the first one's; the segment between the two ends is `linear`'s where it is among them."""
     max_members: int = 3
     pool: int = 8
-    """Members offered at most: the front first, then the best by final."""
+    """Snapshots offered at most: the front first, then the best by final."""
+    remerged: int = 2
+    """Merges of the front that may become members of later merges."""
+    layerwise: bool = True
+    """Whether weights that change from the first layer to the last are tried too."""
     startup: int = 8
 
 
@@ -269,6 +276,8 @@ class Job:
         at_least_0 = {
             "merge.candidates": merge.candidates,
             "merge.startup": merge.startup,
+            "merge.patience": merge.patience,
+            "merge.remerged": merge.remerged,
             "search.startup": search.startup,
             "selection.examples": selection.examples,
         }

@@ -109,14 +109,14 @@ def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> No
     model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max(snapshot_bytes(model, config) for config in configs)
     count = trials * max(config.snapshots for config in configs)
-    members = 0 if (out / "best").exists() else 2 + (job.merge.max_members if job.merge.candidates else 0)
+    members = 0 if (out / "best").exists() else 2  # best/, and the base where it has no safetensors of its own
     needed = int(DISK_MARGIN * (count * largest + members * model_bytes))
     free = shutil.disk_usage(out).free
     if free < needed:
         raise InputError(
             f"{out} has {free / 2**30:.2f} GiB free, and the run may need {needed / 2**30:.2f}: "
             f"{count} snapshots of up to {largest / 2**20:.1f} MiB, {members} models of {model_bytes / 2**20:.1f} MiB "
-            f"to merge and to write, times {DISK_MARGIN}. Free some, or lower search.trials or snapshots."
+            f"to write, times {DISK_MARGIN}. Free some, or lower search.trials or snapshots."
         )
 
 

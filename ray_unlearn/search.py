@@ -21,7 +21,8 @@ from ray_unlearn.config import TrialConfig, to_dict
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.executor import Handle, events
 from ray_unlearn.job import FirstPoint
-from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.proposals import Growth, MergeSpace
 from ray_unlearn.pareto import OBJECTIVES
 from ray_unlearn.records import MergeRecord, Scores, TrialRecord, load_records
 from ray_unlearn.spaces import SAMPLES_CHECKED, Space, trial_config
@@ -273,82 +274,40 @@ def search_trials(
             log(f"a trial's driver failed: {result.error}")
 
 
-def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]]) -> None:
-    """Queues those first points of a study that were never queued, whatever killed an earlier start."""
+def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]], most: int | None = None) -> None:
+    """Queues those first points of a study that were never queued, whatever killed an earlier start; `most` of them."""
     queued = {trial.user_attrs.get("first_point") for trial in study.get_trials(deepcopy=False)}
-    for number, point in enumerate(points):
-        if number not in queued:
-            study.enqueue_trial(point, user_attrs={"first_point": number})
+    for number in [number for number in range(len(points)) if number not in queued][:most]:
+        study.enqueue_trial(points[number], user_attrs={"first_point": number})
 
 
 # -- the search over merges ----------------------------------------------------------------------
 
 
-def suggest_merge(trial: Any, pool: Sequence[str], methods: Sequence[str], max_members: int) -> MergeRecipe:
-    """A merge of 2 to `max_members` of the pool, which is sorted by MIA AUC so that near numbers mean near models.
-
-    A member drawn twice gives way to the next one that is free.
-    """
-    most = min(max_members, len(pool))
-    count = trial.suggest_int("members", 2, most) if most > 2 else most
-    taken: list[int] = []
-    for place in range(count):
-        index = trial.suggest_int(f"member_{place}", 0, len(pool) - 1)
-        while index in taken:
-            index = (index + 1) % len(pool)
-        taken.append(index)
-    method = trial.suggest_categorical("method", list(methods)) if len(methods) > 1 else methods[0]
-    density = 1.0
-    if MERGES[method].uses_density:
-        density = trial.suggest_float("density", 0.2, 1.0)
-    # Only the ratios of weights matter to normalised methods: the first is the unit, lambda the length.
-    weights = [1.0] + [trial.suggest_float(f"weight_{place}", 0.1, 10.0, log=True) for place in range(1, count)]
-    total = sum(weights)
-    return MergeRecipe(
-        method=method,
-        members=[pool[index] for index in taken],
-        weights=[weight / total for weight in weights],
-        densities=[density] * count,
-        lambda_=trial.suggest_float("lambda", 0.6, 1.4),
-    )
-
-
-def first_merges(aucs: Sequence[float], methods: Sequence[str], max_members: int) -> list[dict[str, Any]]:
-    """First points over a pool sorted by AUC: both ends, then neighbours from 0.5 outwards, at ZJUKLAB's density."""
-    last = len(aucs) - 1
-    pairs = [(0, last)] + sorted(
-        ((index, index + 1) for index in range(last)), key=lambda pair: abs(aucs[pair[0]] + aucs[pair[1]] - 1)
-    )
-    common: dict[str, Any] = {"density": 0.8, "weight_1": 1.0, "lambda": 1.0}
-    if len(methods) > 1:
-        common["method"] = methods[0]
-    if min(max_members, len(aucs)) > 2:
-        common["members"] = 2
-    return [{"member_0": a, "member_1": b, **common} for a, b in dict.fromkeys(pairs)]
-
-
 def search_merges(
     study: optuna.Study,
-    pool: Sequence[str],
+    space: MergeSpace,
     score: Sequence[Callable[[MergeRecipe], Any]],
     save: Callable[[str, MergeRecipe, Scores | None, str, float], None],
+    growth: Growth,
     *,
     missing: int,
-    methods: Sequence[str],
-    max_members: int,
+    patience: int,
     utility_floor: float,
 ) -> None:
-    """Asks for `missing` merges and scores them, one at a time on each of the scorers.
+    """Asks for `missing` merges and scores them, one at a time on each of the scorers; fewer where the hypervolume
+    has not grown for `patience` of them.
 
     A scorer takes a recipe and returns a Ray reference to Scores. `save` writes the record before
     the study is told, so that a killed driver finds its outcome again.
     """
     free = list(score)
     running: dict[Any, tuple[int, MergeRecipe, Callable[[MergeRecipe], Any], float]] = {}
-    while missing > 0 or running:
-        while missing > 0 and free:
-            trial = study.ask()
-            recipe = suggest_merge(trial, pool, methods, max_members)
+    while running or (missing > 0 and not growth.stalled(patience)):
+        while missing > 0 and free and not growth.stalled(patience):
+            in_flight = [(recipe, None) for _, recipe, _, _ in running.values()]
+            trial = _ask_for_merge(study, space, [*growth.known, *in_flight])
+            recipe = space.suggest(trial, growth.joined)
             scorer = free.pop(0)
             running[scorer(recipe)] = (trial.number, recipe, scorer, time.monotonic())
             missing -= 1
@@ -362,6 +321,19 @@ def search_merges(
             reason = str(error).strip().splitlines()[-1]
         save(name, recipe, scores, reason, time.monotonic() - began)
         tell(study, number, scores, utility_floor, {"record": name})
+        growth.add(name, recipe, scores)
+
+
+def _ask_for_merge(study: optuna.Study, space: MergeSpace, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> Any:
+    """A trial of what a killed driver left queued, else of the bisected segment, else of the next first point, else of
+    the sampler. A merge in flight counts as known without scores: the bisection waits for it."""
+    if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        point = space.segment_point(known)
+        if point is not None:
+            study.enqueue_trial(point)
+        else:
+            enqueue(study, space.first_points(), most=1)
+    return study.ask()
 
 
 def recover_merges(study: optuna.Study, records: Sequence[MergeRecord], utility_floor: float) -> None:

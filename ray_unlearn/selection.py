@@ -9,16 +9,17 @@ import yaml
 
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import Merger
+from ray_unlearn.merging.files import MERGE_FILE, merge_file
+from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.merging.writer import write_merge
 from ray_unlearn.models import load_model, load_tokenizer, save_model
 from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records, versions, write_json, write_text
 from ray_unlearn.report import model_card
 from ray_unlearn.rundir import Run
-from ray_unlearn.tuning import read_snapshot
 from ray_unlearn.workbench import score_models
 
 AGREEMENT = 1e-5
-"""How far mergekit's weights may be from the merge that was scored."""
+"""How far the written weights may be from the merge that was scored; on one machine they are the same bits."""
 
 
 def choose(members: Sequence[Candidate], weights: Sequence[float]) -> Candidate:
@@ -59,7 +60,7 @@ def deliver(run: Run, choice: Candidate) -> None:
     if reference:
         final["reference"] = reference[0][0].to_json()
     if difference is not None:
-        final["mergekit_max_difference"] = difference
+        final["written_max_difference"] = difference
     job = yaml.safe_load((run.dir / "job.yaml").read_text())
     write_text(run.dir / "best" / "README.md", model_card(job, final, target, versions()))
     write_json(run.dir / "final.json", final)
@@ -70,24 +71,26 @@ def recipe_of(run: Run, choice: Candidate) -> dict[str, Any]:
     those of its members."""
     if isinstance(choice.record, MergeRecord):
         snapshots = {c.id: c for c in candidates(load_records(run.dir)[0], [])}
-        members = {name: recipe_of(run, snapshots[name]) for name in choice.record.recipe["members"]}
+        leaves = MergeRecipe.from_json(choice.record.recipe).leaves()
+        members = {name: recipe_of(run, snapshots[name]) for name in leaves}
         return {**choice.record.recipe, "member_trials": members}
     assert choice.snapshot is not None
     return {**choice.record.config, "snapshot_step": choice.snapshot.step}
 
 
 def write_best(run: Run, choice: Candidate) -> float | None:
-    """Writes best/ as a plain Hugging Face directory; for a merge, through mergekit, returning the largest
+    """Writes best/ as a plain Hugging Face directory; for a merge, with its merge.json, returning the largest
     difference from the weights that were scored. Raises RuntimeError when that is above 1e-5."""
     model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
     recipe = _as_merge(choice)
-    members = {name: read_snapshot(run.dir / "snapshots" / name) for name in dict.fromkeys(recipe.members)}
+    members = {name: read_snapshot(run.dir / "snapshots" / name) for name in recipe.leaves()}
     out = run.dir / "best"
     if choice.snapshot is not None:
         _merger(run, model, tokenizer, members).merge(recipe)
         save_model(model, tokenizer, out)
         return None
-    write_merge(recipe, model, tokenizer, members, out)
+    write_merge(recipe, run.model_path, members, out)
+    write_json(out / MERGE_FILE, merge_file(recipe, run.model_path, run.dir / "snapshots"))
     _merger(run, model, tokenizer, members).merge(recipe)
     written = dict(load_model(str(out)).named_parameters())
     difference = max(
@@ -95,8 +98,8 @@ def write_best(run: Run, choice: Candidate) -> float | None:
     )
     if not difference <= AGREEMENT:
         raise RuntimeError(
-            f"mergekit's weights of {choice.id} are {difference:.2e} from those that were scored; at most "
-            f"{AGREEMENT:g} is accepted. best/ holds mergekit's."
+            f"the written weights of {choice.id} are {difference:.2e} from those that were scored; at most "
+            f"{AGREEMENT:g} is accepted."
         )
     return difference
 

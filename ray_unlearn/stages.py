@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from ray_unlearn import search as searching
@@ -13,6 +14,8 @@ from ray_unlearn import selection
 from ray_unlearn.executor import Executor
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
+from ray_unlearn.merging.members import read_snapshot
+from ray_unlearn.merging.proposals import Growth, MergeSpace
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.records import (
     Candidate,
@@ -26,7 +29,6 @@ from ray_unlearn.records import (
 )
 from ray_unlearn.rundir import Run, clean_up, read_json
 from ray_unlearn.spaces import Space
-from ray_unlearn.tuning import read_snapshot
 from ray_unlearn.workbench import BenchSpec, ModelSource, score_models
 
 
@@ -119,42 +121,67 @@ def merge_pool(run: Run) -> list[Candidate]:
 
 
 def merge(run: Run) -> None:
-    """Merges until the budget's records are there; needs two feasible snapshots."""
+    """Merges until the budget's records are there or the hypervolume stops growing; needs two feasible snapshots."""
     plan = run.job.merge
     done = load_records(run.dir)[1]
     pool = merge_pool(run)
     missing = plan.candidates - len(done)
-    if missing <= 0 or len(pool) < 2:
-        reason = f"only {len(pool)} feasible snapshots" if missing > 0 else f"{len(done)} were done before"
-        run.progress.line(f"merges: {reason}")
+    growth = merge_growth(run, done)
+    if missing <= 0 or len(pool) < 2 or growth.stalled(plan.patience):
+        few = missing > 0 and len(pool) < 2
+        run.progress.line(
+            f"merges: only {len(pool)} feasible snapshots" if few else f"merges: {len(done)} were done before"
+        )
         return
     study = searching.open_study(storage_url(run), study_name(run, searching.MERGES_STUDY), run.job.seed, plan.startup)
     searching.recover_merges(study, done, run.floor)
-    searching.enqueue(
-        study, searching.first_merges([c.scores.mia_auc or 0.0 for c in pool], plan.methods, plan.max_members)
+    space = MergeSpace(
+        snapshots=[c.id for c in pool],
+        aucs=[c.scores.mia_auc or 0.0 for c in pool],
+        methods=plan.methods,
+        max_members=plan.max_members,
+        remerged=plan.remerged,
+        layerwise=plan.layerwise,
     )
-    inputs = [
-        ray.put(bench_spec(run)),
-        ray.put({c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot}),
-    ]
+    inputs = [ray.put(bench_spec(run)), ray.put(_shareable(run, pool))]
     actors = _merge_actors(run, missing)
     threads = max(1, int(run.job.resources.cpus_per_worker))
     run.progress.start("merges", plan.candidates, len(done))
     try:
         searching.search_merges(
             study,
-            [c.id for c in pool],
+            space,
             [lambda recipe, actor=actor: actor.score.remote(recipe, inputs, threads) for actor in actors],  # type: ignore[misc]
             functools.partial(save_merge, run),
+            growth,
             missing=missing,
-            methods=plan.methods,
-            max_members=plan.max_members,
+            patience=plan.patience,
             utility_floor=run.floor,
         )
     finally:
         run.progress.finish()
         for actor in actors:
             ray.kill(actor)
+    if growth.stalled(plan.patience):
+        run.progress.line(f"merges: ended, the hypervolume has not grown for {growth.idle}")
+
+
+def merge_growth(run: Run, done: Sequence[MergeRecord]) -> Growth:
+    """The hypervolume over feasible snapshots, then over the merges on record in their order."""
+    points = [c.scores.objectives() for c in feasible_candidates(run) if c.snapshot is not None]
+    growth = Growth(points, run.floor, run.job.merge.remerged)
+    for record in done:
+        growth.add(record.id, MergeRecipe.from_json(record.recipe), record.scores)
+    return growth
+
+
+def _shareable(run: Run, pool: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """Snapshots' files as arrays, which Ray keeps in shared memory, once for all actors of a node."""
+    return {
+        c.id: {name: np.frombuffer(data, np.uint8) for name, data in read_snapshot(run.dir / c.snapshot.path).items()}
+        for c in pool
+        if c.snapshot
+    }
 
 
 def _merge_actors(run: Run, missing: int) -> list[Any]:

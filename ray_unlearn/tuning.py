@@ -1,4 +1,4 @@
-"""What is trained: adapters or full weights; the reference beside it; a snapshot's files and back."""
+"""What is trained: adapters or full weights; the reference beside it; a snapshot's files."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import METHODS
+from ray_unlearn.merging.members import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE
 from ray_unlearn.models import check_layers, find_layer, layer_prefix
-
-ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
 
 
 class Tuned:
@@ -198,85 +196,3 @@ def snapshot_bytes(model: Any, config: TrialConfig) -> int:
         names = trained_names(model, config)
         return 4 * sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
     return sum(4 * config.lora_rank * (m.in_features + m.out_features) for m in _adapted(model, config))
-
-
-Delta: TypeAlias = Tensor | tuple[Tensor, Tensor, float]
-"""A dense float32 delta, or LoRA's (B, A, scaling), whose delta is scaling * B A."""
-
-
-def read_snapshot(directory: Path) -> dict[str, bytes]:
-    """The files of a snapshot or PEFT adapter directory that hold its weights."""
-    names = (ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-    if TENSORS_FILE not in files and not {ADAPTER_FILE, ADAPTER_CONFIG} <= set(files):
-        raise InputError(f"{directory} is no adapter or snapshot: it needs {ADAPTER_CONFIG} and {ADAPTER_FILE}.")
-    return files
-
-
-def read_member(directory: Path, base: Any) -> dict[str, bytes]:
-    """A merge member's files: an adapter or snapshot as it is, a full checkpoint as the tensors that differ."""
-    from ray_unlearn.models import load_model
-
-    if (directory / ADAPTER_CONFIG).exists() or (directory / TENSORS_FILE).exists():
-        return read_snapshot(directory)
-    before = dict(base.named_parameters())
-    changed = {}
-    for name, parameter in load_model(str(directory)).named_parameters():
-        _check_shape(str(directory), name, parameter.shape, {key: value.shape for key, value in before.items()})
-        if not torch.equal(parameter, before[name]):
-            changed[name] = parameter.detach().float().contiguous()
-    return {TENSORS_FILE: save(changed, metadata={"format": "pt"})}
-
-
-def deltas(files: dict[str, bytes], base: Any, name: str) -> dict[str, Delta]:
-    """What a snapshot adds to the base, by parameter name.
-
-    LoRA's factors stay factors, so that a dense delta is formed only for the tensor at hand. `name`
-    is for messages. Raises InputError for a snapshot of another base.
-    """
-    shapes = {key: parameter.shape for key, parameter in base.named_parameters()}
-    if TENSORS_FILE not in files:
-        return _adapter_deltas(files, shapes, name)
-    before = dict(base.named_parameters())
-    found: dict[str, Delta] = {}
-    for key, tensor in load(files[TENSORS_FILE]).items():
-        _check_shape(name, key, tensor.shape, shapes)
-        found[key] = tensor.float() - before[key].detach().float().cpu()
-    return found
-
-
-def _adapter_deltas(files: dict[str, bytes], shapes: dict[str, torch.Size], name: str) -> dict[str, Delta]:
-    config = json.loads(files[ADAPTER_CONFIG])
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise InputError(f"{name}: adapters with {key}={config[key]!r} cannot be merged here.")
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    state = load(files[ADAPTER_FILE])
-    found: dict[str, Delta] = {}
-    for key in sorted(state):
-        if key.endswith("lora_A.weight"):
-            target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            b, a = state[key.replace("lora_A", "lora_B")].float(), state[key].float()
-            _check_shape(name, target, torch.Size((b.shape[0], a.shape[1])), shapes)
-            found[target] = (b, a, scaling)
-    if not found:
-        raise InputError(f"{name} holds no LoRA matrices; its keys: {sorted(state)[:4]}.")
-    return found
-
-
-def _check_shape(member: str, name: str, shape: torch.Size, shapes: dict[str, torch.Size]) -> None:
-    if name not in shapes:
-        raise InputError(f"{member} changes {name}, which the base does not have: it was made for another base.")
-    if shapes[name] != shape:
-        raise InputError(
-            f"{member} changes {name} of shape {list(shape)}; the base's is {list(shapes[name])}: another base."
-        )
-
-
-def dense(delta: Delta) -> Tensor:
-    """A delta as one float32 matrix."""
-    if isinstance(delta, Tensor):
-        return delta
-    b, a, scaling = delta
-    return (b @ a) * scaling

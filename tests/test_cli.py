@@ -253,6 +253,80 @@ def test_a_merge_of_one_member_is_that_member_and_may_be_written_again(files, tm
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["lambda"] == 1.0
 
 
+@pytest.fixture
+def adapters(files, tmp_path):
+    """Two adapters on the model's query projections, of unlike rank."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(files / "model" / "model.safetensors")
+    made = []
+    for rank in (2, 3):
+        generator = torch.Generator().manual_seed(rank)
+        state = {}
+        for name, tensor in weights.items():
+            if name.endswith("q_proj.weight"):
+                key = f"base_model.model.{name.removesuffix('.weight')}"
+                state[f"{key}.lora_A.weight"] = 0.1 * torch.randn(rank, tensor.shape[1], generator=generator)
+                state[f"{key}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], rank, generator=generator)
+        folder = tmp_path / f"adapter-{rank}"
+        folder.mkdir()
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        made.append(folder)
+    return made
+
+
+def run_merge(*argv):
+    return cli.main(["merge", *(str(part) for part in argv)])
+
+
+@pytest.mark.parametrize("source", ["", "merge.json", "README.md"])
+def test_a_merge_is_made_again_from_its_recipe_bit_for_bit(files, adapters, tmp_path, source):
+    options = ["--method", "dare_ties", "--density", "0.5,0.8", "--weights", "1,0.5", "2", "--seed", 3, "--no-rescale"]
+    assert run_merge("--base", files / "model", "--adapters", *adapters, *options, "--out", tmp_path / "out") == 0
+    assert run_merge("--recipe", tmp_path / "out" / source, "--out", tmp_path / "again") == 0
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert made == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert json.loads(made["merge.json"])["weights"] == [[1.0, 0.5], 2.0]
+    assert made["model.safetensors"] != (files / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_merge_may_be_an_adapter_and_says_what_was_cut_off(files, adapters, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    argv = ["--base", files / "model", "--adapters", *adapters]
+    assert run_merge(*argv, "--method", "linear", "--out", tmp_path / "model") == 0
+    assert run_merge(*argv, "--method", "linear", "--as-adapter", "--out", tmp_path / "adapter") == 0
+    assert "an adapter of rank 5, exact" in "".join(capsys.readouterr())
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        assert (parameter - adapted.get_parameter(name)).abs().max() < 1e-6
+    assert run_merge(*argv, "--density", 0.5, "--as-adapter", "--rank", 1, "--out", tmp_path / "cut") == 0
+    assert "of the merged delta's Frobenius norm is cut off" in "".join(capsys.readouterr())
+
+
+def test_what_a_merge_command_cannot_mean_is_refused(files, adapters, tmp_path, capsys):
+    argv = ["merge", "--base", files / "model", "--out", tmp_path / "out"]
+    both = [*argv, "--adapters", *adapters]
+    assert "either --adapters A B ... or --recipe FILE" in refused(capsys, *argv)
+    assert "needs --base" in refused(capsys, "merge", "--adapters", *adapters, "--out", tmp_path / "out")
+    assert "linear thins nothing out" in refused(capsys, *both, "--method", "linear", "--density", 0.5)
+    assert "model_stock uses no weights" in refused(capsys, *both, "--method", "model_stock", "--weights", 1, 2)
+    assert "--rank belongs to --as-adapter" in refused(capsys, *both, "--rank", 3)
+    assert "one rank, got ranks [2, 3]" in refused(capsys, *both, "--method", "ties_factors")
+    assert "no such recipe" in refused(capsys, *argv, "--recipe", tmp_path / "none.json")
+    (tmp_path / "card.md").write_text("# A model without a recipe")
+    assert "holds no merge recipe" in refused(capsys, *argv, "--recipe", tmp_path / "card.md")
+    recipe = {"members": ["gone"], "weights": [1], "densities": [1]}
+    (tmp_path / "lost.json").write_text(json.dumps(recipe))
+    assert "no such member: gone" in refused(capsys, *argv, "--recipe", tmp_path / "lost.json")
+
+
 def test_budgets_of_zero_are_refused_everywhere(files, tmp_path, capsys):
     data = ["--forget", files, "--retain", files, "--out", tmp_path / "out"]
     assert "epochs must be above 0" in refused(capsys, "target", "--base", files / "model", *data, "--epochs", 0)

@@ -1,17 +1,38 @@
-"""Merge methods against slow loops and their laws; written and resident merges of real files agree."""
+"""Merge methods against slow loops and their laws; the edge cases that peers get wrong."""
 
 from __future__ import annotations
 
-import copy
+import json
+import math
 import random
 
 import pytest
 import torch
 
-from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.merging.deltas import linear, task_arithmetic, ties, trim
+from ray_unlearn.merging.factors import Factors, concatenated, shared_start, ties_factors, truncated
+from ray_unlearn.merging.recipe import at_depth, depth_of
+from ray_unlearn.merging.sparsify import (
+    Cut,
+    apply_cut,
+    breadcrumbs,
+    drop_and_rescale,
+    find_cuts,
+    magprune,
+    magprune_probabilities,
+    trim,
+)
+
+
+def merged(method, deltas, weights, densities, lambda_=1.0, base=None, **options):
+    names = [str(place) for place in range(len(deltas))]
+    recipe = MergeRecipe(method=method, members=names, weights=weights, densities=densities, lambda_=lambda_, **options)
+    return recipe.combine(deltas, base)
+
+
+def ties(deltas, weights, densities, lambda_=1.0):
+    return merged("ties", deltas, weights, densities, lambda_)
 
 
 def drawn(seed, coarse=False):
@@ -48,6 +69,23 @@ def test_trim_of_equal_magnitudes_keeps_the_number_and_the_first():
     assert trim(delta, 1.0).equal(delta) and delta[1, 1] == -1  # the argument is left alone
 
 
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_cuts_found_together_are_those_found_alone_over_all_magnitudes(seed, coarse):
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(3000, generator=generator) * 10 ** (4 * torch.randn(3000, generator=generator))
+    if coarse:
+        delta = delta.sign() * 2.0 ** delta.abs().log2().round()
+        delta[::7] = 0
+    keeps = [1, 2, 10, 500, 1499, 1500, 2600, 2999, 3000]
+    order = sorted(range(3000), key=lambda i: (-abs(delta[i].item()), i))
+    for keep, cut in zip(keeps, find_cuts(delta, keeps), strict=True):
+        stays = set(order[:keep])
+        expected = torch.tensor([delta[i].item() if i in stays else 0.0 for i in range(3000)])
+        assert apply_cut(delta, cut).equal(expected) and apply_cut(delta, find_cuts(delta, [keep])[0]).equal(expected)
+    assert find_cuts(torch.zeros(5), [2]) == [Cut(0.0)]
+
+
 # -- ties ------------------------------------------------------------------------------------------
 
 
@@ -74,8 +112,8 @@ def test_ties_equals_the_slow_loop(seed, coarse):
     if coarse:
         weights = [round(2 * weight) / 2 + 0.5 for weight in weights]  # exact sums, hence votes of exactly zero
     before = [delta.clone() for delta in deltas]
-    merged = ties(deltas, weights, densities, lambda_)
-    torch.testing.assert_close(merged, slow_ties(deltas, weights, densities, lambda_), rtol=1e-5, atol=1e-6)
+    result = ties(deltas, weights, densities, lambda_)
+    torch.testing.assert_close(result, slow_ties(deltas, weights, densities, lambda_), rtol=1e-5, atol=1e-6)
     assert all(a.equal(b) for a, b in zip(deltas, before, strict=True))
 
 
@@ -86,13 +124,13 @@ def test_laws_of_ties(seed):
     close = {"rtol": 1e-5, "atol": 1e-7}
     torch.testing.assert_close(ties([first], [0.7], [1.0]), first, **close)
     torch.testing.assert_close(ties([first] * 3, [0.2, 1.0, 5.0], [0.5] * 3), trim(first, 0.5), **close)
-    merged = ties(deltas, weights, densities, lambda_)
+    result = ties(deltas, weights, densities, lambda_)
     order = random.Random(seed).sample(range(len(deltas)), len(deltas))
     shuffled = ([x[i] for i in order] for x in (deltas, weights, densities))
-    torch.testing.assert_close(ties(*shuffled, lambda_), merged, rtol=0, atol=1e-6)
-    torch.testing.assert_close(ties(deltas, [8 * w for w in weights], densities, lambda_), merged, **close)
-    torch.testing.assert_close(ties(deltas, weights, densities, 2 * lambda_), 2 * merged, **close)
-    torch.testing.assert_close(ties([-d for d in deltas], weights, densities, lambda_), -merged, **close)
+    torch.testing.assert_close(ties(*shuffled, lambda_), result, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ties(deltas, [8 * w for w in weights], densities, lambda_), result, **close)
+    torch.testing.assert_close(ties(deltas, weights, densities, 2 * lambda_), 2 * result, **close)
+    torch.testing.assert_close(ties([-d for d in deltas], weights, densities, lambda_), -result, **close)
 
 
 def test_a_vote_of_exactly_zero_is_positive_and_where_nobody_agrees_the_result_is_zero():
@@ -107,7 +145,7 @@ def test_a_trimmed_entry_neither_votes_nor_thins_the_mean():
     assert ties([big, small], [1.0, 3.0], [1.0, 1.0]).tolist() == [1.75, 4.75]
 
 
-# -- linear and task arithmetic --------------------------------------------------------------------
+# -- the other rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -116,17 +154,271 @@ def test_linear_and_task_arithmetic_are_their_formulas(seed):
     summed = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         summed = summed + weight * delta
-    torch.testing.assert_close(task_arithmetic(deltas, weights, densities, lambda_), lambda_ * summed)
-    torch.testing.assert_close(linear(deltas, weights, densities, lambda_), lambda_ * summed / sum(weights))
+    torch.testing.assert_close(merged("task_arithmetic", deltas, weights, densities, lambda_), lambda_ * summed)
+    mean = lambda_ * summed / sum(weights)
+    torch.testing.assert_close(merged("linear", deltas, weights, densities, lambda_), mean)
+    torch.testing.assert_close(merged("task_arithmetic", deltas, weights, densities, lambda_, normalize=True), mean)
 
 
-def test_a_recipe_passes_its_own_numbers_to_its_method():
-    deltas = [torch.tensor([1.0, -3.0, 0.5, 2.0]), torch.tensor([2.0, 1.0, -0.25, 3.0])]
-    common = {"members": ["a", "b"], "weights": [1.0, 3.0], "densities": [0.5, 0.75], "lambda_": 0.5}
-    assert set(MERGES) == {"ties", "linear", "task_arithmetic"}
-    for name, function in (("ties", ties), ("linear", linear), ("task_arithmetic", task_arithmetic)):
-        merged = MergeRecipe(method=name, **common).combine(deltas)
-        assert merged.equal(function(deltas, [1.0, 3.0], [0.5, 0.75], 0.5))
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(10))
+def test_breadcrumbs_drops_both_ends_by_magnitude(seed, gamma):
+    count = random.Random(seed).randint(1, 60)
+    delta = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    for density in (0.05, 0.5, 0.85, 0.999):
+        keep = max(1, int(density * count))
+        ranked = sorted(range(count), key=lambda i: -abs(delta[i].item()))
+        over = min(int(gamma * count), count - keep)
+        stays = set(ranked[over : over + keep])
+        expected = [delta[i].item() if i in stays else 0.0 for i in range(count)]
+        assert breadcrumbs(delta, density, gamma).tolist() == expected
+
+
+def test_breadcrumbs_without_outliers_is_trim_and_never_drops_everything():
+    delta = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert breadcrumbs(delta, 0.5, 0.0).equal(trim(delta, 0.5))
+    assert breadcrumbs(delta, 0.5, 0.01).equal(trim(delta, 0.5))  # 1 % of 64 entries is none
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_random_masks_follow_density_and_seed_and_restore_the_sum_of_magnitudes():
+    delta = torch.randn(100, 100, generator=generator(0))
+    kept = drop_and_rescale(delta, 0.3, False, generator(1))
+    assert kept.equal(drop_and_rescale(delta, 0.3, False, generator(1)))
+    assert not kept.equal(drop_and_rescale(delta, 0.3, False, generator(2)))
+    assert 0.27 < (kept != 0).float().mean() < 0.33
+    assert ((kept == 0) | (kept == delta)).all()
+    for scaled in (drop_and_rescale(delta, 0.3, True, generator(1)), magprune(delta, 0.3, 0.1, True, generator(1))):
+        torch.testing.assert_close(scaled.abs().sum(), delta.abs().sum())
+
+
+def test_magprune_keeps_by_rank_within_the_row():
+    delta = torch.randn(7, 50, generator=generator(0))
+    chances = magprune_probabilities(delta, 0.5, 0.2)
+    for row, chance in zip(delta.abs().tolist(), chances.tolist(), strict=True):
+        order = sorted(range(50), key=lambda i: row[i])
+        for rank, place in enumerate(order):
+            assert chance[place] == pytest.approx(0.3 + 0.4 * rank / 49, abs=1e-6)
+    many = [magprune(delta, 0.5, 0.2, False, generator(seed)) != 0 for seed in range(400)]
+    assert (torch.stack(many).float().mean(0) - chances).abs().max() < 0.12
+    assert magprune_probabilities(torch.ones(3, 1), 0.5, 0.2).tolist() == [[0.5]] * 3
+
+
+def test_a_random_merge_depends_on_its_seed_alone():
+    deltas, weights, densities, _ = drawn(2)
+    deltas = [torch.randn(20, 20, generator=generator(i)) for i in range(len(deltas))]
+    for name in ("dare_ties", "dare_linear"):
+        half = [0.5] * len(deltas)
+        first = merged(name, deltas, weights, half)
+        assert first.equal(merged(name, deltas, weights, half)) and not first.equal(
+            merged(name, deltas, weights, half, seed=1)
+        )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slerp_and_karcher_of_two_equal_weights_meet_and_keep_ends(seed):
+    base = torch.randn(6, 5, generator=generator(seed))
+    deltas = [torch.randn(6, 5, generator=generator(seed + 100 * i)) for i in (1, 2)]
+    ones = [1.0, 1.0]
+    middle = merged("slerp", deltas, ones, ones, base=base)
+    # A Karcher mean of two directions is the middle of their arc; lengths are averaged in both ways only along it.
+    first, second = (base + delta for delta in deltas)
+    unit = (first / first.norm() + second / second.norm()) / 2
+    expected = unit / unit.norm() * (first.norm() + second.norm()) / 2
+    torch.testing.assert_close(base + merged("karcher", deltas, ones, ones, base=base), expected, rtol=0, atol=1e-5)
+    angle = math.acos(float((first * second).sum() / first.norm() / second.norm()))
+    half = math.sin(angle / 2) / math.sin(angle)
+    torch.testing.assert_close(base + middle, half * (first + second), rtol=0, atol=1e-5)
+    end = merged("slerp", deltas, [0.0, 1.0], ones, base=base)
+    torch.testing.assert_close(end, deltas[1], rtol=0, atol=1e-5)
+    back = merged("slerp", deltas[::-1], [3.0, 1.0], ones, base=base)
+    torch.testing.assert_close(merged("slerp", deltas, [1.0, 3.0], ones, base=base), back, rtol=0, atol=1e-5)
+
+
+def test_spherical_means_of_parallel_and_of_zero_weights_are_finite():
+    base = torch.zeros(4)
+    line = torch.tensor([1.0, 2.0, 0.0, -1.0])
+    ones = [1.0, 1.0]
+    torch.testing.assert_close(merged("slerp", [line, 3 * line], ones, ones, base=base), 2 * line)
+    torch.testing.assert_close(merged("karcher", [line, 3 * line], ones, ones, base=base), 2 * line)
+    assert merged("slerp", [line, -line], ones, ones, base=base).isfinite().all()
+    assert merged("karcher", [line, -line], ones, ones, base=base).isfinite().all()
+    for name in ("slerp", "karcher"):
+        assert not merged(name, [0 * line, 0 * line], ones, ones, base=base).any()
+
+
+def test_model_stock_by_hand():
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+    cosine = 1 / math.sqrt(2)
+    expected = 2 * cosine / (1 + cosine) * torch.tensor([1.0, 0.5])
+    ones = [1.0, 1.0]
+    torch.testing.assert_close(merged("model_stock", [first, second], ones, ones), expected)
+    assert not merged("model_stock", [first, -first], ones, ones).any()  # the estimate is singular: the base stays
+    torch.testing.assert_close(merged("model_stock", [first, first], ones, ones), first)
+
+
+# -- laws of all rows ------------------------------------------------------------------------------
+
+WHOLE = [name for name, method in MERGES.items() if not method.on_factors]
+
+
+def drawn_for(name, seed, count=3):
+    method = MERGES[name]
+    count = method.most or max(count, method.fewest)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = [torch.randn(12, 9, generator=generator) for _ in range(count)]
+    weights = [0.5 + place for place in range(count)] if method.uses_weights else [1.0] * count
+    densities = [0.6, 0.8, 0.7][:count] if method.uses_density else [1.0] * count
+    return torch.randn(12, 9, generator=generator), deltas, weights, densities
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_row_changes_its_arguments_and_lambda_scales_all(name):
+    base, deltas, weights, densities = drawn_for(name, 0)
+    before = [delta.clone() for delta in [base, *deltas]]
+    result = merged(name, deltas, weights, densities, base=base)
+    assert all(a.equal(b) for a, b in zip([base, *deltas], before, strict=True))
+    assert result.shape == base.shape and result.any()
+    torch.testing.assert_close(merged(name, deltas, weights, densities, 0.5, base=base), 0.5 * result)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if not MERGES[name].random])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_members_changes_nothing_but_rounding(name, seed):
+    base, deltas, weights, densities = drawn_for(name, seed)
+    order = list(reversed(range(len(deltas))))
+    turned = [[values[i] for i in order] for values in (deltas, weights, densities)]
+    there, back = merged(name, deltas, weights, densities, base=base), merged(name, *turned, base=base)
+    torch.testing.assert_close(there, back, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_identical_members_kept_whole_are_that_member(name):
+    base, deltas, weights, _ = drawn_for(name, 3)
+    count = len(deltas)
+    weights = [weight / sum(weights) for weight in weights]  # for the sums that are not normalised
+    result = merged(name, [deltas[0]] * count, weights, [1.0] * count, base=base)
+    torch.testing.assert_close(result, deltas[0], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if MERGES[name].fewest == 1])
+def test_one_member_kept_whole_is_that_member(name):
+    base, deltas, _, _ = drawn_for(name, 4)
+    torch.testing.assert_close(merged(name, deltas[:1], [1.0], [1.0], base=base), deltas[0], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if MERGES[name].uses_weights and name != "slerp"])
+def test_a_weight_of_zero_takes_the_member_out(name):
+    base, deltas, _, densities = drawn_for(name, 5)
+    with_it = merged(name, deltas, [1.0, 2.0, 0.0], densities, base=base)
+    without = merged(name, deltas[:2], [1.0, 2.0], densities[:2], base=base)
+    torch.testing.assert_close(with_it, without, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ties", "linear", "task_arithmetic"])
+def test_a_negative_weight_subtracts(name):
+    delta, other = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.0, 0.0, 4.0])
+    result = merged(name, [delta, other], [-1.0, 2.0], [1.0, 1.0])
+    expected = {"ties": [-1.0, 2.0, 4.0], "linear": [-1.0, 2.0, 8.0], "task_arithmetic": [-1.0, 2.0, 8.0]}
+    assert result.tolist() == expected[name]
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if MERGES[name].sparsify])
+@pytest.mark.parametrize("density", [1e-6, 0.2])
+def test_a_density_that_keeps_nothing_keeps_the_largest_entry_and_says_so(name, density):
+    delta = torch.tensor([0.5, -3.0, 1.0])
+    options = {"epsilon": density / 2, "rescale": False}
+    if MERGES[name].random:
+        results = [merged(name, [delta], [1.0], [density], seed=seed, **options) for seed in range(20)]
+        assert all(result.any() for result in results)
+    else:
+        with pytest.warns(UserWarning, match="keeps nothing of a tensor of 3 entries; the largest one is kept"):
+            assert merged(name, [delta], [1.0], [density], **options).tolist() == [0.0, -3.0, 0.0]
+
+
+# -- numbers over depth ----------------------------------------------------------------------------
+
+
+def test_gradients_are_interpolated_over_the_layers_and_start_outside_of_them():
+    assert [at_depth([0.0, 1.0, 3.0], depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 2.0, 3.0]
+    assert at_depth(0.3, 0.7) == 0.3 and at_depth([0.4], 0.7) == 0.4
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.3.x", "lm_head.weight"]
+    assert [depth_of(name, 4) for name in names] == [0.0, 0.0, 1.0, 0.0]
+    assert depth_of("model.layers.2.mlp.experts.7.w1.weight", 5) == 0.5 and depth_of("h.0.x", 1) == 1.0
+
+
+def test_each_number_may_be_a_gradient():
+    deltas = [torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])]
+    recipe = MergeRecipe(
+        method="task_arithmetic",
+        members=["a", "b"],
+        weights=[[0.0, 1.0], 1.0],
+        densities=[1.0, 1.0],
+        lambda_=[1.0, 3.0],
+    )
+    assert recipe.combine(deltas, tensor="layers.0.w", layers=3).equal(deltas[1])
+    assert recipe.combine(deltas, tensor="layers.2.w", layers=3).equal(3 * (deltas[0] + deltas[1]))
+    assert recipe.combine(deltas, tensor="layers.1.w", layers=3).equal(2 * (0.5 * deltas[0] + deltas[1]))
+    thin = MergeRecipe(members=["a"], weights=[1.0], densities=[[1.0, 0.5]])
+    assert thin.combine(deltas[:1], tensor="layers.1.w", layers=2).tolist() == [0.0, -2.0]
+
+
+# -- factors ---------------------------------------------------------------------------------------
+
+
+def test_adapters_of_one_start_are_told_from_adapters_of_two():
+    start, other = ([torch.randn(4, 30, generator=generator(seed + i)) for i in range(3)] for seed in (0, 50))
+    moved = [a + 0.1 * torch.randn(4, 30, generator=generator(99)) for a in start]
+    assert shared_start(start, moved) > 0.9 and abs(shared_start(start, other)) < 0.3
+    assert shared_start(start, [torch.randn(2, 30)] * 3) == 0.0
+
+
+def test_ties_on_factors_needs_one_rank_and_is_not_ties_on_deltas():
+    made = [Factors(torch.randn(6, r, generator=generator(r)), torch.randn(r, 5), 2.0) for r in (2, 3)]
+    with pytest.raises(InputError, match=r"one rank, got ranks \[2, 3\]"):
+        ties_factors(made, [1.0, 1.0], [1.0, 1.0])
+    one = made[0]
+    turned = Factors(-one.b, -one.a, one.scaling)  # the same delta
+    same = ties_factors([one, one], [1.0, 1.0], [1.0, 1.0]).dense()
+    torch.testing.assert_close(same, one.dense())
+    assert not torch.allclose(ties_factors([one, turned], [1.0, 1.0], [1.0, 1.0]).dense(), same)
+
+
+def test_a_sum_of_adapters_is_an_adapter_and_singular_values_cut_the_rest():
+    made = [Factors(torch.randn(8, r, generator=generator(r)), torch.randn(r, 7), 0.5 * r) for r in (2, 3)]
+    summed = 0.7 * (0.2 * made[0].dense() - 1.5 * made[1].dense())
+    torch.testing.assert_close(concatenated(made, [0.2, -1.5], 0.7, False).dense(), summed, rtol=1e-5, atol=1e-5)
+    whole, lost = truncated(summed, 5)
+    torch.testing.assert_close(whole.dense(), summed, rtol=1e-4, atol=1e-4)
+    assert lost < 1e-8
+    cut, lost = truncated(summed, 2)
+    assert math.isclose(lost, float((summed - cut.dense()).square().sum()), rel_tol=1e-3)
+
+
+# -- recipes ---------------------------------------------------------------------------------------
+
+
+def test_recipes_survive_their_file_and_old_ones_still_load():
+    inner = MergeRecipe(members=["a", "b"], weights=[1.0, 1.0], densities=[0.8, 0.8])
+    recipe = MergeRecipe(
+        method="della",
+        members=["merge-0001", "c"],
+        weights=[[0.2, 1.0], 1.0],
+        densities=[0.5, 0.5],
+        lambda_=[1.0, 0.5],
+        epsilon=0.1,
+        normalize=False,
+        seed=3,
+        merges={"merge-0001": inner},
+    )
+    assert MergeRecipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert recipe.leaves() == ["a", "b", "c"]
+    old = {"method": "ties", "members": ["a"], "weights": [1.0], "densities": [0.5], "lambda": 0.9, "member_trials": {}}
+    assert MergeRecipe.from_json(old).lambda_ == 0.9
+    assert set(inner.to_json()) == {"method", "members", "weights", "densities", "lambda"}
 
 
 @pytest.mark.parametrize(
@@ -141,162 +433,21 @@ def test_a_recipe_passes_its_own_numbers_to_its_method():
         ({"densities": [float("nan"), 1.0]}, "above 0 and at most 1, got nan"),
         ({"weights": [0.0, 0.0]}, "ties merge must sum to more than 0"),
         ({"weights": [1.0, -1.0], "method": "linear"}, "linear merge must sum to more than 0"),
+        ({"weights": [[1.0, -3.0], 1.0]}, "ties merge must sum to more than 0"),
+        ({"weights": [[], 1.0]}, "at least one anchor"),
+        ({"weights": [float("inf"), 1.0]}, "must be finite"),
+        ({"weights": [3.0, -1.0], "method": "slerp"}, "slerp merge must be at least 0"),
+        ({"weights": [1.0] * 3, "densities": [1.0] * 3, "members": ["a", "b", "c"], "method": "slerp"}, "exactly 2"),
+        (
+            {"weights": [1.0], "densities": [1.0], "members": ["a"], "method": "model_stock"},
+            "at least 2 members, got 1",
+        ),
+        ({"weights": [1.0, 2.0], "method": "model_stock"}, "uses no weights"),
+        ({"densities": [0.9, 0.5], "method": "della"}, "density . epsilon below 1, got density 0.9"),
+        ({"gamma": 1.0, "method": "breadcrumbs"}, "gamma must be at least 0 and below 1"),
     ],
 )
 def test_recipes_that_cannot_be_merged_are_refused(changes, message):
     good = {"members": ["a", "b"], "weights": [1.0, 1.0], "densities": [1.0, 1.0]}
     with pytest.raises(InputError, match=message):
         MergeRecipe(**{**good, **changes})
-
-
-# -- real files ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bench(tiny):
-    from ray_unlearn.scoring import EvalSettings
-    from ray_unlearn.trial import Bench
-
-    model = copy.deepcopy(tiny.model).requires_grad_(False)
-    return Bench(
-        model=model, tokenizer=tiny.tokenizer, forget=[], retain=[], eval_set=None, eval_settings=EvalSettings()
-    )
-
-
-@pytest.fixture(scope="module")
-def members(bench):
-    """Snapshot files by name: two adapters of unlike rank and targets, and one of full weights."""
-    from ray_unlearn.tuning import Tuned
-
-    made = {}
-    for seed, (name, options) in enumerate(
-        {
-            "lora-a": {"lora_rank": 4},
-            "lora-b": {"lora_rank": 2, "lora_alpha": 3.0, "lora_targets": ["q_proj", "down_proj"]},
-            "full": {"tuning": "full"},
-        }.items()
-    ):
-        tuned = Tuned(bench.model, TrialConfig(**options))
-        generator = torch.Generator().manual_seed(seed)
-        weights = {}
-        for key, parameter in tuned.model.named_parameters():
-            if key in tuned.trainable and not (name == "full" and "layers.1.mlp" in key):
-                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            if key in tuned.trainable:
-                weights[key] = parameter.detach().float().clone()
-        made[name] = tuned.files(weights)
-        tuned.release()
-    return made
-
-
-RECIPES = [
-    MergeRecipe(
-        method=method,
-        members=["lora-a", "full", "lora-b"],
-        weights=[0.4, 1.0, 0.7],
-        densities=[0.5, 0.5, 0.8],
-        lambda_=0.9,
-    )
-    for method in MERGES
-]
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
-def test_the_written_merge_is_the_resident_merge_and_the_base_comes_back(bench, members, tmp_path, recipe):
-    from transformers import AutoModelForCausalLM
-
-    from ray_unlearn.merging.actor import Merger
-    from ray_unlearn.merging.writer import write_merge
-    from ray_unlearn.tuning import deltas, dense
-
-    base = weights_of(bench.model)
-    merger = Merger(bench, members)
-    merger.merge(recipe)
-    resident = weights_of(bench.model)
-    merger.restore()
-    assert all(tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items())
-
-    found = [{k: dense(d) for k, d in deltas(members[name], bench.model, name).items()} for name in recipe.members]
-    for name, tensor in base.items():
-        if any(name in delta for delta in found):
-            expected = tensor + recipe.combine([delta.get(name, torch.zeros_like(tensor)) for delta in found])
-            agree = torch.isclose(resident[name], expected, rtol=0, atol=1e-5)
-            assert agree.float().mean() > 0.995  # rounding moves the last kept entries of a near tie
-        else:
-            assert resident[name].equal(tensor)
-
-    write_merge(recipe, bench.model, bench.tokenizer, members, tmp_path / "out")
-    assert all(tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items())
-    written = weights_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert set(written) == set(resident)
-    for name in resident:
-        torch.testing.assert_close(written[name].float(), resident[name], rtol=0, atol=1e-5)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert max((resident[name] - base[name]).abs().max().item() for name in base) > 0.01
-
-
-def test_a_score_restores_the_base_even_when_it_fails(bench, members):
-    from ray_unlearn.merging.actor import Merger
-
-    base = weights_of(bench.model)
-    merger = Merger(bench, members)
-    seen = []
-
-    def broken(eval_set=None):
-        seen.append(any(not tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items()))
-        raise RuntimeError("no scores")
-
-    merger.score_model = broken
-    with pytest.raises(RuntimeError, match="no scores"):
-        merger.score(RECIPES[0])
-    assert seen == [True]
-    assert all(tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items())
-
-
-def test_merging_one_member_whole_gives_that_member_and_nothing_lingers(bench, members):
-    from ray_unlearn.merging.actor import Merger
-    from ray_unlearn.tuning import deltas, dense
-
-    merger = Merger(bench, members)
-    merger.merge(RECIPES[0])  # an earlier merge must not show in the next
-    merger.merge(MergeRecipe(members=["lora-b"], weights=[2.0], densities=[1.0]))
-    merged = weights_of(bench.model)
-    merger.restore()
-    delta = {name: dense(d) for name, d in deltas(members["lora-b"], bench.model, "lora-b").items()}
-    assert {name.split(".")[-2] for name in delta} == {"q_proj", "down_proj"}
-    for name, tensor in weights_of(bench.model).items():
-        expected = tensor + delta[name] if name in delta else tensor
-        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
-
-
-def test_an_adapters_delta_is_what_peft_itself_merges(bench, members, tmp_path):
-    from peft import PeftModel
-
-    from ray_unlearn.tuning import deltas, dense
-
-    for name in ("lora-a", "lora-b"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for file, content in members[name].items():
-            (folder / file).write_bytes(content)
-        peft = PeftModel.from_pretrained(copy.deepcopy(bench.model), folder).merge_and_unload()
-        delta = deltas(members[name], bench.model, name)
-        for key, parameter in peft.named_parameters():
-            expected = bench.model.get_parameter(key) + (dense(delta[key]) if key in delta else 0)
-            torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
-
-
-def test_members_of_another_base_are_refused(bench, members, tiny):
-    from ray_unlearn import benchmark
-    from ray_unlearn.merging.actor import Merger
-
-    settings = benchmark.EmbeddedSettings(hidden=16, layers=1)
-    other = copy.copy(bench)
-    other.model = benchmark.make_model(settings, len(tiny.tokenizer))
-    for name in ("lora-a", "full"):
-        with pytest.raises(InputError, match=f"{name} changes .* another base"):
-            Merger(other, {name: members[name]})

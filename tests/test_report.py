@@ -224,7 +224,7 @@ def test_a_finished_run_shows_everything_on_record(tmp_path: Path) -> None:
         assert reason in page
     assert "aaaa1111bbbb2222" in page and "c0ffee" in page and "1 h 30 min" in page
     assert "Not in this run" not in page
-    assert page.count("<img src=") == 3 + 4 + 3  # planes, courses, merge parameters
+    assert page.count("<img src=") == 3 + 4 + 4  # planes, courses, merges
 
 
 def test_text_is_escaped_and_nothing_is_loaded_from_the_network(tmp_path: Path) -> None:
@@ -408,3 +408,17 @@ def test_the_card_of_a_snapshot_names_its_base_on_the_hub(tmp_path: Path) -> Non
     card = model_card(about, final, Scores.from_json(final["target"]), {})
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "allenai/OLMo-1B-0724-hf"
     assert "## Method and parameters" in card and "````yaml" in card and "retrained" not in card
+
+
+def test_figures_of_merges_take_gradients_methods_and_merges_of_merges(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    before = page_of(run)
+    record = json.loads((run / "records" / "merge-0002.json").read_text())
+    record["recipe"] |= {"method": "linear", "weights": [[0.2, 0.6], [0.8, 0.4]], "lambda": [1.0, 0.8]}
+    record["recipe"]["members"] = ["merge-0001", record["recipe"]["members"][0]]
+    (run / "records" / "merge-0002.json").write_text(json.dumps(record))
+    page = page_of(run)
+    assert page != before and "</i> linear</span>" in page and "</i> linear</span>" not in before
+    assert page.count("<img src=") == before.count("<img src=")
+    assert "final over density of 8 merges" in page and "final over density of 9 merges" in before
+    assert "MIA AUC of 9 merges over the mean of their members" in page

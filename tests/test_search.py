@@ -10,13 +10,17 @@ from ray_unlearn import search
 from ray_unlearn.config import TrialConfig, from_dict, to_dict
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import FirstPoint, Job
+from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.merging.proposals import Growth, MergeSpace, bisected
+from ray_unlearn.pareto import hypervolume
 from ray_unlearn.records import MergeRecord, Scores, Snapshot, TrialRecord, save_record
 from ray_unlearn.spaces import load_space
 
 
-def scores(aggregate: float, mia: float, utility: float) -> Scores:
+def scores(aggregate: float, mia: float, utility: float, auc: float | None = None) -> Scores:
+    area = mia / 2 if auc is None else auc
     return Scores(
-        terms={}, raw={}, counts={}, task_aggregate=aggregate, mia_auc=mia / 2, mia_score=mia, utility=utility,
+        terms={}, raw={}, counts={}, task_aggregate=aggregate, mia_auc=area, mia_score=mia, utility=utility,
         final=(aggregate + mia + utility) / 3,
     )  # fmt: skip
 
@@ -127,34 +131,174 @@ def test_a_first_point_with_a_value_that_the_space_does_not_offer_is_refused(poi
 # -- merges ----------------------------------------------------------------------------------------
 
 POOL = [f"trial-000{i}/00010" for i in range(5)]
+AUCS = [0.1, 0.3, 0.45, 0.62, 0.99]
+
+
+def merge_space(**options):
+    values = {"snapshots": POOL, "aucs": AUCS, "methods": ["ties"], "max_members": 3}
+    return MergeSpace(**{**values, **options})
+
+
+def random_study():
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
 
 def test_suggested_merges_have_distinct_members_and_weights_that_sum_to_one():
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    sizes = set()
-    for _ in range(200):
-        recipe = search.suggest_merge(study.ask(), POOL, ["ties", "linear"], 4)
+    study, sizes, graded = random_study(), set(), 0
+    space = merge_space(methods=[name for name in MERGES if name != "slerp"], max_members=4, layerwise=True)
+    for _ in range(300):
+        recipe = space.suggest(study.ask())
         sizes.add(len(recipe.members))
-        assert len(set(recipe.members)) == len(recipe.members) and sum(recipe.weights) == pytest.approx(1)
-        assert recipe.method == "ties" or recipe.densities == [1.0] * len(recipe.members)
-    assert sizes == {2, 3, 4}
+        assert len(set(recipe.members)) == len(recipe.members)
+        for depth in (0.0, 0.4, 1.0):
+            assert sum(recipe.at(depth).weights) == pytest.approx(1)
+        graded += isinstance(recipe.weights[0], list)
+        assert MERGES[recipe.method].uses_density or recipe.densities == [1.0] * len(recipe.members)
+    assert sizes == {2, 3, 4} and 50 < graded < 200
+
+
+def test_slerp_takes_two_members_whatever_the_trial_says():
+    study, space = random_study(), merge_space(methods=["slerp"])
+    assert {len(space.suggest(study.ask()).members) for _ in range(20)} == {2}
 
 
 def test_first_merges_are_the_ends_then_the_neighbours_around_one_half():
-    aucs = [0.1, 0.3, 0.45, 0.62, 0.99]
-    points = search.first_merges(aucs, ["ties"], 3)
+    points = merge_space().first_points()
     assert [(point["member_0"], point["member_1"]) for point in points] == [(0, 4), (2, 3), (1, 2), (0, 1), (3, 4)]
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study = random_study()
     search.enqueue(study, points)
-    recipe = search.suggest_merge(study.ask(), POOL, ["ties"], 3)
+    recipe = merge_space().suggest(study.ask())
     assert recipe.members == [POOL[0], POOL[4]] and recipe.weights == [0.5, 0.5]
     assert recipe.densities == [0.8, 0.8] and recipe.lambda_ == 1.0
 
 
+@pytest.mark.parametrize("methods", [["ties", "linear", "slerp"], ["della"], ["model_stock", "ties"]])
+def test_first_points_are_points_of_their_space(methods):
+    space = merge_space(methods=methods, layerwise=True, remerged=2)
+    study = random_study()
+    points = space.first_points()
+    search.enqueue(study, points)
+    for point in points:
+        recipe = space.suggest(study.ask())
+        assert recipe.method == methods[0] and recipe.members == [POOL[point["member_0"]], POOL[point["member_1"]]]
+        assert recipe.densities == [0.8 if MERGES[methods[0]].uses_density else 1.0] * 2
+
+
 def test_a_pool_of_two_leaves_no_choice_of_how_many():
-    assert len(search.first_merges([0.2, 0.8], ["ties"], 3)) == 1
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    assert len(search.suggest_merge(study.ask(), POOL[:2], ["ties"], 3).members) == 2
+    space = merge_space(snapshots=POOL[:2], aucs=[0.2, 0.8])
+    assert len(space.first_points()) == 1
+    assert len(space.suggest(random_study().ask()).members) == 2
+
+
+def test_merges_that_joined_the_pool_bring_their_recipes():
+    study, space = random_study(), merge_space(remerged=2)
+    joined = {"merge-0003": MergeRecipe(members=POOL[:2], weights=[1.0, 1.0], densities=[0.8, 0.8])}
+    recipes = [space.suggest(study.ask(), joined) for _ in range(60)]
+    with_merge = [recipe for recipe in recipes if "merge-0003" in recipe.members]
+    assert with_merge and all(recipe.merges == joined and "merge-0003" not in recipe.leaves() for recipe in with_merge)
+    assert all(not recipe.merges for recipe in recipes if "merge-0003" not in recipe.members)
+
+
+def test_the_segment_is_bisected_towards_an_auc_of_one_half():
+    space = merge_space(methods=["ties", "linear"], layerwise=True)
+    study, known, shares = random_study(), [], []
+    while (point := space.segment_point(known)) is not None:
+        study.enqueue_trial(point)
+        recipe = space.suggest(study.ask())
+        assert recipe.method == "linear" and recipe.members == [POOL[0], POOL[-1]]
+        assert space.segment_point([*known, (recipe, None)]) is None  # one at a time
+        share = recipe.weights[1]
+        shares.append(share)
+        area = 0.1 + 0.89 * share**2
+        known.append((recipe, scores(0.5, 0.5, 0.5, auc=area)))
+    assert len(shares) == 5 and abs(0.1 + 0.89 * shares[-1] ** 2 - 0.5) < 0.02
+    assert merge_space(aucs=[0.6, 0.7, 0.8, 0.9, 1.0]).segment_point([]) is None
+    assert bisected([(0.5, 0.505)]) is None and bisected([(0.5, None)]) is None
+    assert bisected([(0.5, 0.9), (0.3, 0.2)]) == pytest.approx(0.4)
+
+
+def test_growth_counts_merges_that_bring_nothing_and_says_which_may_join():
+    recipe = MergeRecipe(members=POOL[:2], weights=[1.0, 1.0], densities=[1.0, 1.0])
+    nested = MergeRecipe(
+        members=["merge-0000", POOL[0]], weights=[1.0, 1.0], densities=[1.0, 1.0], merges={"merge-0000": recipe}
+    )
+    growth = Growth([scores(0.5, 0.5, 0.9).objectives()], FLOOR, remerged=2)
+    growth.add("merge-0000", recipe, scores(0.6, 0.6, 0.9))
+    assert growth.idle == 0 and list(growth.joined) == ["merge-0000"]
+    growth.add("merge-0001", recipe, None)  # failed
+    growth.add("merge-0002", recipe, scores(0.9, 0.9, 0.4))  # not feasible
+    growth.add("merge-0003", recipe, scores(0.6, 0.6, 0.9))  # as good as another
+    assert growth.idle == 3 and growth.stalled(3) and not growth.stalled(4) and not growth.stalled(0)
+    growth.add("merge-0004", nested, scores(0.7, 0.7, 0.7))
+    assert growth.idle == 0 and list(growth.joined) == ["merge-0000"]
+    assert growth.volume == pytest.approx(hypervolume([(0.6, 0.6, 0.9), (0.7, 0.7, 0.7)]))
+
+
+def quick_study():
+    return optuna.create_study(directions=["maximize"] * 3, sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+class Scorers:
+    """ray.wait and ray.get over scores that are there at once."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    @staticmethod
+    def wait(references, num_returns):
+        return references[:1], references[1:]
+
+    @staticmethod
+    def get(reference):
+        if reference.scores is None:
+            raise Scorers.exceptions.RayError("it broke")
+        return reference.scores
+
+
+class Reference:
+    def __init__(self, scores):
+        self.scores = scores
+
+
+def merges_of(study, monkeypatch, outcomes, missing, patience=0, actors=1):
+    """Runs search_merges over made-up outcomes, a function of (number, recipe); returns what was saved."""
+    monkeypatch.setattr(search, "ray", Scorers)
+    saved = []
+    search.search_merges(
+        study,
+        merge_space(methods=["ties", "linear"], remerged=1),
+        [lambda recipe: Reference(outcomes(recipe)) for _ in range(actors)],
+        lambda name, recipe, scores, reason, seconds: saved.append((name, recipe, scores, reason)),
+        Growth([], FLOOR, 1),
+        missing=missing,
+        patience=patience,
+        utility_floor=FLOOR,
+    )
+    return saved
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_merge_search_tries_segment_and_neighbours_first_and_records_failures(monkeypatch, actors):
+    def outcome(recipe):
+        return None if recipe.method == "ties" else scores(0.6, 0.6, 0.6, auc=0.9)
+
+    study = quick_study()
+    saved = merges_of(study, monkeypatch, outcome, 12, actors=actors)
+    assert [name for name, *_ in saved] == [f"merge-{number:04d}" for number in range(12)]
+    segment = [
+        recipe for _, recipe, _, _ in saved if recipe.members == [POOL[0], POOL[4]] and recipe.densities == [1.0] * 2
+    ]
+    assert len(segment) >= 5 and saved[0][1] == segment[0]
+    pairs = [recipe.members for _, recipe, _, _ in saved if recipe.densities == [0.8, 0.8]]
+    assert [POOL[2], POOL[3]] in pairs and [POOL[0], POOL[1]] in pairs
+    assert all(reason == "it broke" for _, recipe, _, reason in saved if recipe.method == "ties")
+    assert len(study.trials) == 12
+
+
+def test_a_merge_search_ends_when_the_hypervolume_stops_growing(monkeypatch):
+    saved = merges_of(quick_study(), monkeypatch, lambda recipe: scores(0.6, 0.6, 0.6, auc=0.5), 40, patience=4)
+    assert len(saved) == 5
 
 
 def test_merges_that_a_killed_driver_had_scored_are_told_and_others_are_queued_again(study):

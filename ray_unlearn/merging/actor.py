@@ -3,59 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.combine import Combiner
+from ray_unlearn.merging.members import Source
+from ray_unlearn.merging.stored import StoredTensors
 from ray_unlearn.records import Scores
-from ray_unlearn.scoring import evaluate_model
-from ray_unlearn.tuning import Delta, deltas, dense
+from ray_unlearn.scoring import score_model
 from ray_unlearn.workbench import open_bench, ray_device
 
 
 class Merger:
-    """A base model with its members' deltas; merges a recipe into the model's own parameters."""
+    """A base model with its members; merges a recipe into the model's own parameters.
 
-    def __init__(self, bench: Any, members: Mapping[str, dict[str, bytes]] | None = None) -> None:
+    The base's tensors that members touch are read again from the model's files, which the page cache
+    holds once for all actors of a node; where the files do not hold them as they are (GGUF, no
+    `path`), copies are kept in memory.
+    """
+
+    def __init__(self, bench: Any, members: Mapping[str, Source] | None = None, path: str | None = None) -> None:
         self.bench = bench
-        self.members: dict[str, dict[str, Delta]] = {}
+        self.combiner = Combiner(bench.model)
         self._parameters = dict(bench.model.named_parameters())
-        self._base: dict[str, Tensor] = {}
-        for name, files in (members or {}).items():
-            self.add(name, files)
+        self._stored = StoredTensors(Path(path)) if path is not None else None
+        self._copies: dict[str, Tensor] = {}
+        self._known: set[str] = set()
+        self._changed: set[str] = set()
+        for name, source in (members or {}).items():
+            self.add(name, source)
 
-    def add(self, name: str, files: dict[str, bytes]) -> None:
-        """Takes a member: a snapshot's files. Only the tensors that some member touches are kept twice."""
+    def add(self, name: str, source: Source) -> None:
+        """Takes a member: a snapshot's files, or a directory."""
         self.restore()
-        self.members[name] = deltas(files, self.bench.model, name)
-        for touched in self.members[name]:
-            if touched not in self._base:
-                self._base[touched] = self._parameters[touched].detach().clone()
+        for touched in self.combiner.add(name, source).tensors:
+            if touched not in self._known:
+                self._known.add(touched)
+                self._keep(touched)
+
+    def _keep(self, name: str) -> None:
+        parameter = self._parameters[name].detach()
+        stored = None if self._stored is None else self._stored.get(name)
+        if stored is None or stored.shape != parameter.shape or not stored.to(parameter).equal(parameter):
+            self._copies[name] = parameter.clone()
+
+    def _base(self, name: str) -> Tensor:
+        if name in self._copies:
+            return self._copies[name]
+        assert self._stored is not None
+        return self._stored[name].to(self._parameters[name])
 
     def merge(self, recipe: MergeRecipe) -> None:
         """Sets the model to base + merged delta. A tensor that a member does not touch is a delta of zeros."""
-        self.restore()
-        touched = sorted({name for member in recipe.members for name in self.members[member]})
+        touched = self.combiner.touched(recipe)
+        self._restore(self._changed.difference(touched))
         with torch.no_grad():
             for name in touched:
-                base = self._base[name].float()
-                parts = [self._delta(member, name, base) for member in recipe.members]
-                self._parameters[name].copy_(base + recipe.combine(parts))
-
-    def _delta(self, member: str, name: str, base: Tensor) -> Tensor:
-        """What a merge of full checkpoints would see: (base + delta) - base, rounding included, so that both agree."""
-        delta = self.members[member].get(name)
-        if delta is None:
-            return torch.zeros_like(base)
-        return (base + dense(delta).to(base.device)) - base
+                base = self._base(name).float()
+                self._changed.add(name)
+                self._parameters[name].copy_(self.combiner.merged(recipe, name, base).add_(base))
 
     def restore(self) -> None:
         """Sets the model back to the base."""
+        self._restore(set(self._changed))
+
+    def _restore(self, names: set[str]) -> None:
         with torch.no_grad():
-            for name, tensor in self._base.items():
-                self._parameters[name].copy_(tensor)
+            for name in sorted(names):
+                self._parameters[name].copy_(self._base(name))
+        self._changed -= names
 
     def score(self, recipe: MergeRecipe) -> Scores:
         """Merges and scores as a trial scores a snapshot, then restores the base."""
@@ -68,7 +88,7 @@ class Merger:
     def score_model(self) -> Scores:
         """Scores of the model as it stands, on the bench's data."""
         bench = self.bench
-        return evaluate_model(bench.model, bench.tokenizer, bench.eval_set, bench.eval_settings)[0]
+        return score_model(bench.model, bench.tokenizer, bench.eval_set, bench.eval_settings)
 
 
 class MergeActor:
@@ -80,11 +100,12 @@ class MergeActor:
     def score(self, recipe: MergeRecipe, inputs: list[Any], threads: int) -> Scores:
         """The scores of a recipe's merge. `inputs` are Ray references to a BenchSpec and to the members' files by name.
 
-        They come with every call, so that an actor that was started again loads them anew.
+        They come with every call, so that an actor that was started again loads them anew. Files that
+        come as arrays stay where they are, in the node's shared memory.
         """
         if self.merger is None:
             import ray
 
             spec, members = ray.get(inputs)
-            self.merger = Merger(open_bench(spec, ray_device(threads)), members)
+            self.merger = Merger(open_bench(spec, ray_device(threads)), members, spec.model.local())
         return self.merger.score(recipe)

@@ -1,89 +1,74 @@
-"""Writing a merge as a full model directory through mergekit. The only owner of mergekit."""
+"""Writing a merge as a model directory, tensor by tensor through mergekit's writer. The only owner of mergekit."""
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ray_unlearn.errors import InputError
-from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.models import publish
-from ray_unlearn.tuning import deltas, dense
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.combine import Combiner
+from ray_unlearn.merging.members import Source
+from ray_unlearn.merging.stored import StoredTensors
+from ray_unlearn.models import empty_model, load_model, load_tokenizer, publish
 
 
-def mergekit_config(recipe: MergeRecipe, base: str, members: Mapping[str, str]) -> dict[str, Any]:
-    """The mergekit configuration of a recipe; `members` maps their names to full model directories.
+def write_merge(recipe: MergeRecipe, base: str, members: Mapping[str, Source], out: Path) -> None:
+    """Writes the merge of members, by name, of the model at `base` as a Hugging Face directory at `out`.
 
-    A linear merge of deltas is task arithmetic with mergekit's normalisation: the base counts
-    nothing in it, and lambda scales the delta.
+    float32. The weights are bit for bit those of Merger.merge on the same machine. Neither the base
+    nor the result is ever whole in memory: a tensor is read, merged and handed to mergekit's
+    TensorWriter, which keeps one shard of at most 5 GB. A base without safetensors of its own names
+    (GGUF, a hub id) is loaded and saved once before. The output is renamed into place.
     """
-    names = {"ties": ("ties", True), "linear": ("task_arithmetic", True), "task_arithmetic": ("task_arithmetic", False)}
-    method, normalize = names[recipe.method]
-    models = []
-    for name, weight, density in zip(recipe.members, recipe.weights, recipe.densities, strict=True):
-        parameters = {"weight": weight}
-        if MERGES[recipe.method].uses_density:
-            parameters["density"] = density
-        models.append({"model": members[name], "parameters": parameters})
-    return {
-        "merge_method": method,
-        "base_model": base,
-        "dtype": "float32",
-        "models": models,
-        "parameters": {"normalize": normalize, "lambda": recipe.lambda_},
-    }
-
-
-def write_merge(
-    recipe: MergeRecipe, base: Any, tokenizer: Any, members: Mapping[str, dict[str, bytes]], out: Path
-) -> None:
-    """Writes the merge of members (snapshot files by name) of a loaded base as a Hugging Face directory at `out`.
-
-    Members become full checkpoints in a fresh temporary folder, since mergekit's own adapter cache
-    is keyed by path and would return another run's tensors. The output is renamed into place.
-    """
-    import mergekit.merge
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.options import MergeOptions
+    from transformers import AutoConfig, GenerationConfig
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merge-") as scratch:
-        root = Path(scratch)
-        if "+" in scratch or "@" in scratch:
-            raise InputError(f"mergekit reads + and @ in a path as adapter and revision; write elsewhere than {out}.")
-        base.save_pretrained(root / "base")
-        paths = {}
-        for index, name in enumerate(dict.fromkeys(recipe.members)):
-            paths[name] = str(root / f"member-{index}")
-            _write_member(base, members[name], name, Path(paths[name]))
-        config = MergeConfiguration.model_validate(mergekit_config(recipe, str(root / "base"), paths))
-        options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, lazy_unpickle=True)
-        mergekit.merge.run_merge(config, str(root / "out"), options)
-        LoaderCache().flush_all()
-        LoaderCache.loaders.clear()  # a class-level dict: it would keep these files open, and answer for their paths
-        gc.collect()
-        tokenizer.save_pretrained(root / "out")
-        base.generation_config.save_pretrained(root / "out")
-        publish(root / "out", out)
+        source = _source(base, Path(scratch))
+        combiner = Combiner(empty_model(str(source)))
+        for name in recipe.leaves():
+            combiner.add(name, members[name])
+        result = Path(scratch) / "out"
+        _write_tensors(recipe, combiner, StoredTensors(source), result)
+        config = AutoConfig.from_pretrained(source)
+        config.dtype = "float32"
+        config.save_pretrained(result)
+        if (source / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source).save_pretrained(result)
+        load_tokenizer(base).save_pretrained(result)
+        publish(result, out)
 
 
-def _write_member(base: Any, files: dict[str, bytes], name: str, directory: Path) -> None:
-    """base + delta as a checkpoint; the loaded base is changed in place for the time of writing, and restored."""
-    parameters = dict(base.named_parameters())
-    kept = {}
-    try:
-        with torch.no_grad():
-            for key, delta in deltas(files, base, name).items():
-                kept[key] = parameters[key].detach().clone()
-                parameters[key].add_(dense(delta).to(parameters[key]))
-        base.save_pretrained(directory)
-    finally:
-        with torch.no_grad():
-            for key, tensor in kept.items():
-                parameters[key].copy_(tensor)
+def _source(base: str, scratch: Path) -> Path:
+    """A directory with the base's tensors under the names that the model gives them."""
+    place = Path(base)
+    if (place / "config.json").exists():
+        stored = StoredTensors(place)
+        if all(name in stored for name, _ in empty_model(base).named_parameters()):
+            return place
+    load_model(base).save_pretrained(scratch / "base")
+    return scratch / "base"
+
+
+def _write_tensors(recipe: MergeRecipe, combiner: Combiner, stored: StoredTensors, out: Path) -> None:
+    from mergekit.io.tensor_writer import TensorWriter
+
+    parameters = {name for name, _ in combiner.base.named_parameters()}
+    touched = set(combiner.touched(recipe))
+    absent = sorted(touched.difference(stored))
+    if absent:
+        raise InputError(f"the base's files lack {len(absent)} tensors that members change: {absent[:8]}.")
+    tied = set(combiner.base.state_dict()) - parameters - {name for name, _ in combiner.base.named_buffers()}
+    with torch.no_grad(), TensorWriter(str(out)) as writer:
+        for name in stored:
+            if name in tied:  # written once, under its parameter's name
+                continue
+            tensor = stored[name]
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            if name in touched:
+                tensor = combiner.merged(recipe, name, tensor).add_(tensor)
+            writer.save_tensor(name, tensor)

@@ -55,6 +55,21 @@ def model_card(job: dict[str, Any], final: dict[str, Any], target_scores: Scores
     )
 
 
+def merge_card(plan: dict[str, Any]) -> str:
+    """README.md of a merge made by hand: the content of its merge.json, from which it can be made again."""
+    method, members = _code(plan["method"]), ", ".join(_code(member) for member in plan["members"])
+    return "\n".join(
+        [
+            _front_matter(str(plan["base"])),
+            "# Merged model\n",
+            f"A merge by ray_unlearn over the base {_code(plan['base'])}; not scored.\n",
+            "## Merge recipe\n",
+            f"Method {method}; members {members}. `ray-unlearn merge --recipe` takes this file.\n",
+            _yaml_block(plan),
+        ]
+    )
+
+
 def _front_matter(path: str) -> str:
     values: dict[str, Any] = {"library_name": "transformers", "tags": ["unlearning", "ray_unlearn"]}
     # the hub resolves base_model, so a folder on this machine must not be named there

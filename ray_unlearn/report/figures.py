@@ -20,6 +20,7 @@ from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
 NAMES = {"task_aggregate": "Task aggregate", "mia_score": "MIA score", "utility": "Utility", "mia_auc": "MIA AUC"}
 PLANES = (("task_aggregate", "mia_score"), ("task_aggregate", "utility"), ("mia_score", "utility"))
 SNAPSHOT, MERGE, CHOICE, INK, QUIET = "#4a78a8", "#e07b00", "#c1121f", "#1f2933", "#8a94a0"
+METHODS = (MERGE, "#2a8c5a", "#6a3d9a", "#0b7a99", "#8c564b", "#d99a00")
 HIGHLIGHTS = ("#c1121f", "#111827", "#d99a00", "#6a3d9a", "#0b7a99")
 HALO = (patheffects.withStroke(linewidth=3, foreground="white"),)
 
@@ -102,14 +103,28 @@ def courses(
     return pictures
 
 
-def recipes(merges: Sequence[MergeRecord], *, best_snapshot: Scores | None, choice: str | None) -> list[Picture]:
-    """Density, lambda and weights of each scored merge against its final score, beside the best snapshot's."""
+def recipes(
+    merges: Sequence[MergeRecord],
+    *,
+    colours: Mapping[str, str],
+    thinned: Collection[str],
+    best_snapshot: Scores | None,
+    choice: str | None,
+) -> list[Picture]:
+    """Density, lambda and weights of each scored merge against its final score; `colours` by method.
+
+    Densities only of the methods in `thinned`, which use them.
+    """
     level = best_snapshot.final if best_snapshot else None
     band = best_snapshot.intervals.get("final") if best_snapshot else None
     known = [(merge, merge.scores.final) for merge in merges if merge.scores and merge.scores.final is not None]
     pictures = []
     for key, name in (("densities", "density"), ("lambda", "lambda"), ("weights", "weight of each member")):
-        spans = [(merge.id, _values(merge.recipe.get(key)), final) for merge, final in known]
+        spans = [
+            (merge, _values(merge.recipe.get(key)), final)
+            for merge, final in known
+            if key != "densities" or merge.recipe.get("method") in thinned
+        ]
         spans = [span for span in spans if span[1]]
         if not spans:
             continue
@@ -123,23 +138,57 @@ def recipes(merges: Sequence[MergeRecord], *, best_snapshot: Scores | None, choi
         if band is not None:
             axes.axhspan(band[0], band[1], color=QUIET, alpha=0.13, linewidth=0, zorder=0)
         points = [(value, final) for _, values, final in spans for value in values]
-        for identity, values, final in spans:
-            chosen = identity == choice
-            colour = CHOICE if chosen else MERGE
+        for merge, values, final in spans:
+            chosen, own = merge.id == choice, colours.get(str(merge.recipe.get("method")), MERGE)
+            colour = CHOICE if chosen else own
             axes.plot(values, [final] * len(values), color=colour, linewidth=0.9, alpha=0.6, zorder=5 if chosen else 2)
             if not chosen:
-                axes.scatter(values, [final] * len(values), marker="D", s=26, color=MERGE, alpha=0.85, zorder=4)
+                axes.scatter(values, [final] * len(values), marker="D", s=26, color=own, alpha=0.85, zorder=4)
                 continue
             for value in sorted(set(values)):
                 _star(axes, value, final)
-            _label(axes, identity, (values[0], final), points)
+            _label(axes, merge.id, (values[0], final), points)
         pictures.append(Picture(f"final over {name} of {len(spans)} merges", _uri(figure)))
     return pictures
 
 
+def balance(
+    merges: Sequence[MergeRecord], *, aucs: Mapping[str, float], colours: Mapping[str, str], choice: str | None
+) -> list[Picture]:
+    """The MIA AUC of each merge over the mean of its members' AUCs by weight: what the merge made of a balance.
+
+    `aucs` by id, of snapshots and merges. Empty where no merge has both.
+    """
+    points = []
+    for merge in merges:
+        members, weights = merge.recipe.get("members", []), merge.recipe.get("weights", [])
+        means = [sum(found) / len(found) for weight in weights if (found := _values(weight))]
+        known = len(means) == len(members) and all(member in aucs for member in members) and sum(means) > 0
+        if known and merge.scores and merge.scores.mia_auc is not None:
+            mean = sum(w * aucs[m] for w, m in zip(means, members, strict=True)) / sum(means)
+            points.append((merge, mean, merge.scores.mia_auc))
+    if not points:
+        return []
+    figure, axes = _axes(4.1, 3.4)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="members' MIA AUC, by weight", ylabel="MIA AUC")
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.9, zorder=1)
+    _level(axes, 0.5)
+    places = [(mean, area) for _, mean, area in points]
+    for merge, mean, area in points:
+        if merge.id == choice:
+            _star(axes, mean, area)
+            _label(axes, merge.id, (mean, area), places)
+        else:
+            colour = colours.get(str(merge.recipe.get("method")), MERGE)
+            axes.scatter(mean, area, marker="D", s=26, color=colour, alpha=0.85, zorder=4)
+    return [Picture(f"MIA AUC of {len(points)} merges over the mean of their members' by weight", _uri(figure))]
+
+
 def _values(value: object) -> list[float]:
-    """The numbers of a recipe's entry: a list of them, one, or none."""
-    entries = value if isinstance(value, (list, tuple)) else [value]
+    """The numbers of a recipe's entry: one, a list of them, gradients over depth among them, or none."""
+    if isinstance(value, (list, tuple)):
+        return [number for entry in value for number in _values(entry)]
+    entries = [value]
     return [float(entry) for entry in entries if isinstance(entry, (int, float)) and not isinstance(entry, bool)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ray_unlearn.merging import MERGES
 from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
 from ray_unlearn.report import figures
 from ray_unlearn.report.run import RunView
@@ -43,7 +44,7 @@ def render(run: RunView) -> str:
         "scores_have_intervals": any(row.intervals != (None, None, None) for group in groups for row in group["rows"]),
         "has_reference": bool(final.get("reference")),
         "planes": _planes(run),
-        "recipes": _recipes(run),
+        **_recipes(run),
         "candidates": _candidate_rows(run),
         "has_intervals": any(c.scores.intervals for c in run.candidates),
         "told_apart": _told_apart(run),
@@ -197,7 +198,8 @@ def _courses(run: RunView) -> dict[str, Any]:
         why, wanted = "the trial of the choice", [owners[run.choice]]
     elif run.choice is not None:
         why = "the trials that the chosen merge was made of"
-        wanted = [owners[member] for member in recipe.get("members", []) if member in owners]
+        leaves = recipe.get("member_trials") or recipe.get("members", [])  # a member may be a merge itself
+        wanted = [owners[member] for member in leaves if member in owners]
     else:
         scored = [(s.scores.final, trial.id) for trial in drawn for s in trial.snapshots if s.scores.final is not None]
         why, wanted = "the trial with the highest final so far", [max(scored)[1]] if scored else []
@@ -217,14 +219,25 @@ def _courses(run: RunView) -> dict[str, Any]:
     return {"courses": pictures, "highlighted": colours, "highlighted_why": why}
 
 
-def _recipes(run: RunView) -> list[figures.Picture]:
+def _recipes(run: RunView) -> dict[str, Any]:
+    """The figures of the merges, and the colours of their methods."""
+    methods = list(dict.fromkeys(str(merge.recipe.get("method")) for merge in run.merges if merge.scores))
+    colours = {method: figures.METHODS[i % len(figures.METHODS)] for i, method in enumerate(methods)}
+    aucs = {c.id: c.scores.mia_auc for c in run.candidates if c.scores.mia_auc is not None}
     snapshots = [
         c.scores
         for c in run.candidates
         if not isinstance(c.record, MergeRecord) and c.scores.final is not None and run.feasible(c.scores) is not False
     ]
-    best = max(snapshots, key=lambda scores: scores.final or 0.0, default=None)
-    return figures.recipes(run.merges, best_snapshot=best, choice=run.choice)
+    pictures = figures.recipes(
+        run.merges,
+        colours=colours,
+        thinned={name for name, method in MERGES.items() if method.uses_density},
+        best_snapshot=max(snapshots, key=lambda scores: scores.final or 0.0, default=None),
+        choice=run.choice,
+    )
+    pictures += figures.balance(run.merges, aucs=aucs, colours=colours, choice=run.choice)
+    return {"recipes": pictures, "merge_colours": colours}
 
 
 def _candidate_rows(run: RunView) -> list[dict[str, Any]]:

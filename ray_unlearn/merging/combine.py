@@ -1,0 +1,133 @@
+"""Tensor by tensor from members and a recipe to merged weights: what the resident merge and the written one share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.merging.factors import SHARED_START, Factors, shared_start, ties_factors
+from ray_unlearn.merging.members import Member, Source
+from ray_unlearn.merging.methods import MERGES, Settings
+from ray_unlearn.merging.recipe import LAYER, MergeRecipe, depth_of
+from ray_unlearn.merging.sparsify import Cut, apply_cut, find_cuts, keep_count, rescaled
+
+DENSITY_GRID = tuple(round(0.05 * step, 2) for step in range(4, 20))
+"""Densities that the search draws, below 1."""
+
+
+class Combiner:
+    """Merges members tensor by tensor. A member's cuts are found once for each tensor and density."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.members: dict[str, Member] = {}
+        layers = [int(found[1]) for name, _ in base.named_parameters() if (found := LAYER.search(name))]
+        self.layers = max(layers, default=0) + 1
+        self._cuts: dict[tuple[str, str, int], Cut] = {}
+        self._checked: set[str] = set()
+
+    def add(self, name: str, source: Source) -> Member:
+        """Takes a member; raises InputError for one of another base."""
+        if name in self.members:  # another member under an old name
+            self._cuts.clear()
+        self.members[name] = Member.of(source, self.base, name)
+        return self.members[name]
+
+    def touched(self, recipe: MergeRecipe) -> list[str]:
+        """The parameters that some member changes, in order of their names."""
+        return sorted({key for member in recipe.leaves() for key in self.members[member].tensors})
+
+    def merged(self, recipe: MergeRecipe, name: str, base: Tensor) -> Tensor:
+        """The merged delta of one parameter; `base` are its untouched weights in float32."""
+        method, settings = MERGES[recipe.method], recipe.at(depth_of(name, self.layers))
+        if method.on_factors:
+            return self.merged_factors(recipe, name, settings).dense().to(base.device)
+        parts = [self._thinned(recipe, place, settings, name, base) for place in range(len(recipe.members))]
+        return method.consensus(base, parts, settings)
+
+    def merged_factors(self, recipe: MergeRecipe, name: str, settings: Settings | None = None) -> Factors:
+        """The LoRA that TIES on factors makes of those members that touch a parameter."""
+        settings = settings or recipe.at(depth_of(name, self.layers))
+        self.check_factors(recipe)
+        having = [place for place, member in enumerate(recipe.members) if name in self.members[member].tensors]
+        factors = [self.members[recipe.members[place]].tensors[name] for place in having]
+        weights, densities = ([values[p] for p in having] for values in (settings.weights, settings.densities))
+        return ties_factors(factors, weights, densities, settings.lambda_)
+
+    def check_factors(self, recipe: MergeRecipe) -> None:
+        """Refuses members that are no adapters; warns, once for each recipe, where their A have no common start."""
+        key = json.dumps(recipe.members)
+        if key in self._checked:
+            return
+        sides: list[dict[str, Tensor]] = []
+        for name in recipe.members:
+            entries = self.members[name].tensors if name in self.members else {}
+            sides.append({key: entry.a for key, entry in entries.items() if isinstance(entry, Factors)})
+            if not entries or len(sides[-1]) < len(entries):
+                raise InputError(f"{recipe.method} merges LoRA's factors, and {name} is no adapter; use ties.")
+        first = sides[0]
+        for name, side in zip(recipe.members[1:], sides[1:], strict=True):
+            common = [key for key in first if key in side]
+            alike = shared_start([first[key] for key in common], [side[key] for key in common])
+            if alike < SHARED_START:
+                warnings.warn(
+                    f"the A matrices of {recipe.members[0]} and {name} do not share an initialisation (mean cosine "
+                    f"{alike:.2f}): the signs that {recipe.method} elects on them mean nothing. Use ties on deltas.",
+                    stacklevel=2,
+                )
+        self._checked.add(key)
+
+    def _delta(self, recipe: MergeRecipe, member: str, name: str, base: Tensor) -> Tensor:
+        """A member's delta; of a merge, what its written weights would differ by."""
+        nested = recipe.merges.get(member)
+        if nested is None:
+            return self.members[member].delta(name, base)
+        if not any(name in self.members[leaf].tensors for leaf in nested.leaves()):
+            return base.new_zeros(base.shape)
+        return self.merged(nested, name, base).add_(base).sub_(base)
+
+    def _thinned(self, recipe: MergeRecipe, place: int, settings: Settings, name: str, base: Tensor) -> Tensor:
+        member, density = recipe.members[place], settings.densities[place]
+        delta, method = self._delta(recipe, member, name, base), MERGES[recipe.method]
+        if method.sparsify is None:
+            return delta
+        if recipe.method == "ties":
+            kept = self._trimmed(self._key(recipe, member), name, delta, density)
+            return rescaled(kept, delta) if settings.rescale else kept
+        generator = recipe.generator(self.digest(recipe, member), name)
+        on_host = delta.cpu() if method.random else delta  # one seed, one mask, whatever the device
+        return method.sparsify(on_host, density, settings, generator).to(delta.device)
+
+    def _trimmed(self, key: str, name: str, delta: Tensor, density: float) -> Tensor:
+        """`sparsify.trim`, with what depends on this member, tensor and density alone found once: at the first need
+        for all densities of the search's grid."""
+        count = delta.numel()
+        keep = keep_count(count, density)
+        if keep >= count:
+            return delta
+        if (key, name, keep) not in self._cuts:
+            grid = {keep, *(max(1, int(share * count)) for share in DENSITY_GRID)}
+            keeps = sorted(kept for kept in grid if kept < count and (key, name, kept) not in self._cuts)
+            for kept, cut in zip(keeps, find_cuts(delta, keeps), strict=True):
+                self._cuts[key, name, kept] = cut
+        return apply_cut(delta, self._cuts[key, name, keep])
+
+    @staticmethod
+    def _key(recipe: MergeRecipe, member: str) -> str:
+        nested = recipe.merges.get(member)
+        return member if nested is None else json.dumps(nested.to_json())
+
+    def digest(self, recipe: MergeRecipe, member: str) -> str:
+        """What decides a member: its files' content, or a merge's numbers and its members' content."""
+        nested = recipe.merges.get(member)
+        if nested is None:
+            return self.members[member].digest
+        inner = [self.digest(nested, name) for name in nested.members]
+        numbers = dataclasses.replace(nested, members=inner, merges={}).to_json()
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,59 @@
+"""merge.json: a recipe with where its base and members lie, so that the merge can be made again."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.merging.recipe import MergeRecipe
+
+MERGE_FILE = "merge.json"
+CARD_BLOCK = re.compile(r"^## Merge recipe$.*?^(`{3,})yaml\n(?P<recipe>.*?)^\1$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """A recipe as a file states it."""
+
+    recipe: MergeRecipe
+    base: str | None
+    folder: Path | None
+    """What members' names are relative to."""
+
+    def sources(self, folder: Path | None = None) -> dict[str, Path]:
+        """Members' directories by name, looked for in `folder`, else in the plan's own."""
+        place = folder or self.folder or Path()
+        return {name: place / name for name in self.recipe.leaves()}
+
+
+def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None) -> dict[str, Any]:
+    """The content of merge.json."""
+    return {"base": base, **({"folder": str(folder)} if folder else {}), **recipe.to_json()}
+
+
+def read_plan(given: Path) -> MergePlan:
+    """The recipe in a merge.json or YAML file, in a model card, or in a merged model's directory.
+
+    Raises InputError where there is none.
+    """
+    path = given / MERGE_FILE if given.is_dir() else given
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            found = CARD_BLOCK.search(text)
+            text = found["recipe"] if found else ""
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise InputError(f"no such recipe: {path}.") from error
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is neither JSON nor YAML: {error}.") from error
+    if not isinstance(data, dict) or "members" not in data:
+        raise InputError(f"{path} holds no merge recipe: a mapping with method, members, weights and densities.")
+    folder = data.get("folder")
+    return MergePlan(recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None)

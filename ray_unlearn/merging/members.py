@@ -1,0 +1,180 @@
+"""What is merged: adapters, snapshots and full checkpoints of one base, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.merging.factors import Factors
+from ray_unlearn.merging.stored import StoredTensors
+
+ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
+
+Files: TypeAlias = Mapping[str, Any]
+"""A member's files: bytes, or anything with their buffer, by name. Nothing is copied out of the buffer."""
+
+NOT_MERGED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+"""Settings of an adapter under which its delta is not scaling * B A of linear layers."""
+
+
+Source: TypeAlias = Files | Path
+"""A member's files, or the directory of an adapter, a snapshot or a full checkpoint."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member's tensors by parameter name: LoRA's factors, or the whole tuned tensor."""
+
+    name: str
+    tensors: Mapping[str, Factors | Tensor]
+    content: Callable[[], Iterable[Any]]
+    """The member's bytes, in a fixed order."""
+
+    @classmethod
+    def of(cls, source: Source, base: Any, name: str) -> Member:
+        """Reads a member; `name` is for messages. Raises InputError for one of another base.
+
+        Of a full checkpoint the parameters are merged; buffers, integer ones among them, stay the base's.
+        """
+        shapes = {key: parameter.shape for key, parameter in base.named_parameters()}
+        if isinstance(source, Path):
+            if not ((source / ADAPTER_CONFIG).exists() or (source / TENSORS_FILE).exists()):
+                return cls._checkpoint(source, shapes, set(base.state_dict()), name)
+            source = read_snapshot(source)
+        files = source
+        tensors: Mapping[str, Factors | Tensor]
+        if TENSORS_FILE in files:
+            whole = _tensors(files[TENSORS_FILE])
+            for key, tensor in whole.items():
+                _check_shape(name, key, tensor.shape, shapes)
+            tensors = whole
+        else:
+            tensors = _factors(files, shapes, name)
+        return cls(name, tensors, lambda: [part for file in sorted(files) for part in (file.encode(), files[file])])
+
+    @classmethod
+    def _checkpoint(cls, directory: Path, shapes: dict[str, torch.Size], known: set[str], name: str) -> Member:
+        """A model directory, read tensor by tensor where its files name tensors as the base does."""
+        from ray_unlearn.models import load_model
+
+        if not (directory / "config.json").exists():
+            raise InputError(f"{directory} is no model directory, adapter or snapshot: it has no config.json.")
+        stored: Mapping[str, Tensor] = StoredTensors(directory)
+        if not any(key in stored for key in shapes):
+            stored = {key: value.detach() for key, value in load_model(str(directory)).named_parameters()}
+        missing = [key for key in shapes if key not in stored]
+        if missing:
+            raise InputError(
+                f"{name} lacks {len(missing)} tensors of the base: {missing[:8]}. Merge whole checkpoints."
+            )
+        for key in stored:
+            if key not in shapes and key in known:
+                continue  # a buffer, or a tied tensor under its second name
+            _check_shape(name, key, stored[key].shape, shapes)
+            if not stored[key].is_floating_point():
+                raise InputError(f"{name}: {key} has the type {stored[key].dtype}; only floating point can be merged.")
+        kept = StoredTensors(directory, shapes) if isinstance(stored, StoredTensors) else stored
+        paths = sorted(directory.glob("*.safetensors"))
+        return cls(name, kept, lambda: [path.read_bytes() for path in paths])
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content: what random masks are drawn from, so that a member's folder may have any name."""
+        found = hashlib.sha256()
+        for part in self.content():
+            found.update(part)
+        return found.hexdigest()[:16]
+
+    def delta(self, key: str, base: Tensor) -> Tensor:
+        """The delta of one tensor that a merge of full checkpoints would see: (base + delta) - base, rounded as such.
+
+        `base` is float32; a tensor that the member does not touch has a delta of zeros.
+        """
+        entry = self.tensors.get(key)
+        if entry is None:
+            return torch.zeros_like(base)
+        if isinstance(entry, Factors):
+            change = Factors(entry.b.to(base.device), entry.a.to(base.device), entry.scaling).dense()
+        else:
+            change = entry.to(base.device).float() - base
+        return change.add_(base).sub_(base)
+
+
+def read_snapshot(directory: Path) -> dict[str, bytes]:
+    """The files of a snapshot or PEFT adapter directory that hold its weights."""
+    names = (ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE)
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
+    if TENSORS_FILE not in files and not {ADAPTER_FILE, ADAPTER_CONFIG} <= set(files):
+        raise InputError(f"{directory} is no adapter or snapshot: it needs {ADAPTER_CONFIG} and {ADAPTER_FILE}.")
+    return files
+
+
+def _factors(files: Files, shapes: dict[str, torch.Size], name: str) -> dict[str, Factors]:
+    config = json.loads(bytes(files[ADAPTER_CONFIG]))
+    for key in NOT_MERGED:
+        if config.get(key):
+            raise InputError(f"{name}: adapters with {key}={config[key]!r} cannot be merged here.")
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    state = _tensors(files[ADAPTER_FILE])
+    found: dict[str, Factors] = {}
+    other = [key for key in sorted(state) if not key.endswith(("lora_A.weight", "lora_B.weight"))]
+    if other:
+        raise InputError(f"{name} changes more than linear layers through LoRA: {other[:4]}. It cannot be merged here.")
+    for key in sorted(state):
+        if key.endswith("lora_A.weight"):
+            target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            b, a = state[key.replace("lora_A", "lora_B")].float(), state[key].float()
+            _check_shape(name, target, torch.Size((b.shape[0], a.shape[1])), shapes)
+            found[target] = Factors(b, a, scaling)
+    if not found:
+        raise InputError(f"{name} holds no LoRA matrices; its keys: {sorted(state)[:4]}.")
+    return found
+
+
+def _check_shape(member: str, name: str, shape: torch.Size, shapes: dict[str, torch.Size]) -> None:
+    if name not in shapes:
+        raise InputError(
+            f"{member} changes {name}, which the base does not have: it was made for another base, or for one "
+            "whose embeddings are not tied."
+        )
+    if shapes[name] != shape:
+        raise InputError(
+            f"{member} changes {name} of shape {list(shape)}; the base's is {list(shapes[name])}: another base."
+        )
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _tensors(data: Any) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory, as views of it: files in Ray's store are shared by a node's actors.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    view = memoryview(data).cast("B")
+    size = int.from_bytes(view[:8], "little")
+    header = json.loads(bytes(view[8 : 8 + size]))
+    found = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise InputError(f"{name} has the type {entry['dtype']}; only floating-point weights can be merged.")
+            begin, end = entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            content = view[8 + size + begin : 8 + size + end]
+            found[name] = torch.frombuffer(content, dtype=dtype).view(entry["shape"]) if end > begin else torch.empty(0)
+    return found

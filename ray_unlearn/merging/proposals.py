@@ -1,0 +1,186 @@
+"""Which merges the search tries: its parameters, its first points, the segment it bisects, and when it has seen enough.
+
+Pure: a trial is whatever has Optuna's suggest methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_unlearn.merging.methods import MERGES
+from ray_unlearn.merging.recipe import Graded, MergeRecipe
+from ray_unlearn.pareto import Point, front, hypervolume
+from ray_unlearn.records import Scores
+
+FIRST_DENSITY = 0.8
+"""ZJUKLAB's (arXiv 2503.21088)."""
+DENSITY_STEP = 0.05
+"""Densities come from a grid (combine.DENSITY_GRID), for which a member's cuts are found in one go."""
+WEIGHTS = (0.1, 10.0)
+"""Of another member over the first's."""
+SEGMENT_STEPS, SEGMENT_TOLERANCE = 5, 0.01
+"""Bisections at most, and the distance of the MIA's AUC from 0.5 that ends them."""
+GROWTH = 1e-9
+"""Hypervolume under which nothing has grown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSpace:
+    """What the search over merges chooses from."""
+
+    snapshots: Sequence[str]
+    """Ids, sorted by the MIA's AUC so that near numbers mean near models."""
+    aucs: Sequence[float]
+    methods: Sequence[str]
+    max_members: int
+    remerged: int = 0
+    """Merges that may become members themselves."""
+    layerwise: bool = False
+    """Whether weights may change from the first layer to the last."""
+
+    def suggest(self, trial: Any, merges: Mapping[str, MergeRecipe] | None = None) -> MergeRecipe:
+        """A merge of 2 to `max_members` of the snapshots and of the `merges` that joined them, in order of joining.
+
+        A member drawn twice gives way to the next one that is free; a place that no merge has taken
+        yet stands for a snapshot.
+        """
+        joined = dict(merges or {})
+        pool = [*self.snapshots, *joined]
+        method = trial.suggest_categorical("method", list(self.methods)) if len(self.methods) > 1 else self.methods[0]
+        most = min(self.max_members, len(self.snapshots))
+        count = trial.suggest_int("members", 2, most) if most > 2 else most
+        count = min(count, MERGES[method].most or count)
+        taken: list[int] = []
+        for place in range(count):
+            index = trial.suggest_int(f"member_{place}", 0, len(self.snapshots) + self.remerged - 1) % len(pool)
+            while index in taken:
+                index = (index + 1) % len(pool)
+            taken.append(index)
+        members = [pool[index] for index in taken]
+        return MergeRecipe(
+            method=method,
+            members=members,
+            weights=self._weights(trial, method, count),
+            densities=[_density(trial, method)] * count,
+            lambda_=trial.suggest_float("lambda", 0.6, 1.4),
+            merges={name: joined[name] for name in members if name in joined},
+        )
+
+    def _weights(self, trial: Any, method: str, count: int) -> list[Graded]:
+        """Weights that sum to one: only their ratios matter to normalised methods; the first is the unit."""
+        if not MERGES[method].uses_weights:
+            return [1.0 / count] * count
+        graded = self.layerwise and trial.suggest_categorical("layerwise", [False, True])
+        ends = []
+        for suffix in ("", "_last") if graded else ("",):
+            weights = [1.0] + [
+                trial.suggest_float(f"weight_{place}{suffix}", *WEIGHTS, log=True) for place in range(1, count)
+            ]
+            ends.append([weight / sum(weights) for weight in weights])
+        if not graded:
+            return list(ends[0])
+        return [list(pair) for pair in zip(*ends, strict=True)]
+
+    def first_points(self) -> list[dict[str, Any]]:
+        """Both ends, then neighbours from an AUC of 0.5 outwards, at equal weights and ZJUKLAB's density."""
+        last = len(self.aucs) - 1
+        pairs = [(0, last)] + sorted(
+            ((index, index + 1) for index in range(last)),
+            key=lambda pair: abs(self.aucs[pair[0]] + self.aucs[pair[1]] - 1),
+        )
+        return [self._pair(a, b, self.methods[0], FIRST_DENSITY, 1.0) for a, b in dict.fromkeys(pairs)]
+
+    def _pair(self, a: int, b: int, method: str, density: float, weight: float) -> dict[str, Any]:
+        point: dict[str, Any] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight, "lambda": 1.0}
+        if method == "della":
+            point["della_density"] = min(density, 0.8)
+        if len(self.methods) > 1:
+            point["method"] = method
+        if self.layerwise:
+            point["layerwise"] = False
+        if min(self.max_members, len(self.snapshots)) > 2:
+            point["members"] = 2
+        return point
+
+    def segment_point(self, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> dict[str, Any] | None:
+        """The next point of the segment between the most over- and the most under-unlearned snapshot, given what was
+        scored: its MIA AUC is bisected towards 0.5. None where 0.5 is not between them, or the bisection is done.
+
+        The segment is `linear`'s where the job offers it, else the first method's with everything kept.
+        """
+        if not self.aucs[0] < 0.5 < self.aucs[-1]:
+            return None
+        tried = [(self._share(recipe), scores) for recipe, scores in known]
+        points = [(share, scores.mia_auc if scores else None) for share, scores in tried if share is not None]
+        share = bisected(points)
+        if share is None:
+            return None
+        return self._pair(0, len(self.aucs) - 1, self._segment_method, 1.0, share / (1 - share))
+
+    @property
+    def _segment_method(self) -> str:
+        return "linear" if "linear" in self.methods else self.methods[0]
+
+    def _share(self, recipe: MergeRecipe) -> float | None:
+        """Where on the segment a merge lies: the under-unlearned end's share, or None where it does not."""
+        numbers = [recipe.lambda_, *recipe.densities]
+        plain = all(number == 1.0 for number in numbers) and recipe.method == self._segment_method
+        if not plain or recipe.members != [self.snapshots[0], self.snapshots[-1]]:
+            return None
+        share = recipe.weights[1]
+        return None if isinstance(share, list) else share / (recipe.weights[0] + share)  # type: ignore[operator]
+
+
+def _density(trial: Any, method: str) -> float:
+    if not MERGES[method].uses_density:
+        return 1.0
+    if method == "della":  # its chances must stay within (0, 1) at density -+ 0.15
+        return float(trial.suggest_float("della_density", 0.2, 0.8, step=DENSITY_STEP))
+    return float(trial.suggest_float("density", 0.2, 1.0, step=DENSITY_STEP))
+
+
+def bisected(points: Sequence[tuple[float, float | None]]) -> float | None:
+    """The share to try next, given (share, AUC) pairs of a segment whose AUC goes from below 0.5 at 0 to above at 1.
+
+    None once an AUC is near enough, the steps are used up, one failed, or the AUC is not monotonic.
+    """
+    low, high = 1 / (1 + WEIGHTS[1]), WEIGHTS[1] / (1 + WEIGHTS[1])
+    for share, area in points:
+        if area is None or abs(area - 0.5) <= SEGMENT_TOLERANCE:
+            return None
+        low, high = (max(low, share), high) if area < 0.5 else (low, min(high, share))
+    return (low + high) / 2 if low < high and len(points) < SEGMENT_STEPS else None
+
+
+class Growth:
+    """The hypervolume of what is feasible as merges come in, how long it has not grown, and which merges joined in."""
+
+    def __init__(self, points: Sequence[Point], utility_floor: float, remerged: int = 0) -> None:
+        self.points = [tuple(point) for point in points]
+        self.volume = hypervolume(self.points)
+        self.idle = 0
+        """Merges since the hypervolume last grew."""
+        self.joined: dict[str, MergeRecipe] = {}
+        """Merges that were on the front when they came, the first `remerged` of them; none of merges."""
+        self.known: list[tuple[MergeRecipe, Scores | None]] = []
+        self._floor, self._remerged = utility_floor, remerged
+
+    def add(self, name: str, recipe: MergeRecipe, scores: Scores | None) -> None:
+        """Takes a merge that has ended; `scores` is None where it failed."""
+        self.known.append((recipe, scores))
+        self.idle += 1
+        if scores is None or not (scores.utility or 0.0) > self._floor:
+            return
+        self.points.append(scores.objectives())
+        volume = hypervolume(self.points)
+        if volume > self.volume + GROWTH:
+            self.volume, self.idle = volume, 0
+        on_front = len(self.points) - 1 in front(self.points)
+        if on_front and len(self.joined) < self._remerged and not recipe.merges:
+            self.joined[name] = recipe
+
+    def stalled(self, patience: int) -> bool:
+        """Whether the last `patience` merges brought nothing; never with a patience of 0."""
+        return 0 < patience <= self.idle
