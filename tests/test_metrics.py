@@ -122,8 +122,14 @@ def cells(generated):
 JUNK = "zzz qqq"
 
 
+def scored(rows, area=None, utility=None):
+    """Scores of rows, of documents whose AUC is 0.5 or of none, and of a share of answered questions."""
+    documents = {} if area is None else {"members": [1.0, 2.0], "nonmembers": [2.0, 1.0]}
+    return make_scores(rows, [f"row{i}" for i in range(len(rows))], {}, utility=utility, **documents)
+
+
 def test_an_oracle_of_forgetting_scores_one_over_exactly_twelve_terms():
-    scores = make_scores(cells(lambda split, text: text if split == "retain" else JUNK), 0.5, 1.0, {})
+    scores = scored(cells(lambda split, text: text if split == "retain" else JUNK), 0.5, 1.0)
     assert len(scores.terms) == 12 and set(scores.terms.values()) == {1.0}
     assert scores.task_aggregate == scores.mia_score == scores.final == 1.0
     assert all(scores.raw[key] == 0 for key in scores.raw if key.startswith("forget/"))
@@ -131,22 +137,22 @@ def test_an_oracle_of_forgetting_scores_one_over_exactly_twelve_terms():
 
 @pytest.mark.parametrize("generated", [lambda split, text: text, lambda split, text: JUNK, lambda split, text: ""])
 def test_the_memorised_the_junk_and_the_silent_model_score_zero(generated):
-    assert make_scores(cells(generated), None, None, {}).task_aggregate == 0.0
+    assert scored(cells(generated)).task_aggregate == 0.0
 
 
 def test_gold_and_surplus_text_gives_recall_one_but_no_exact_match():
-    raw = make_scores(cells(lambda split, text: text + " and more"), None, None, {}).raw
+    raw = scored(cells(lambda split, text: text + " and more")).raw
     assert {value for key, value in raw.items() if key.endswith("regurgitation")} == {1.0}
     assert {value for key, value in raw.items() if key.endswith("knowledge")} == {0.0}
 
 
 @pytest.mark.parametrize(("area", "utility"), [(None, 0.5), (0.5, None), (None, None)])
 def test_final_is_absent_when_a_part_was_not_measured(area, utility):
-    scores = make_scores(cells(lambda split, text: text), area, utility, {})
+    scores = scored(cells(lambda split, text: text), area, utility)
     written = scores.to_json()
     assert "final" not in written and ("mia_auc" in written) == (area is not None)
     assert ("mia_score" in written) == (area is not None) and ("utility" in written) == (utility is not None)
-    assert "final" not in make_scores([], 0.5, 0.5, {}).to_json()
+    assert "final" not in scored([], 0.5, 0.5).to_json()
 
 
 # -- membership ------------------------------------------------------------------------------------
@@ -372,7 +378,7 @@ def test_scores_are_written_without_what_was_not_measured(tmp_path):
 
 
 def test_scores_with_intervals_and_further_metrics_come_back_from_their_file_and_old_ones_without_load():
-    scores = make_scores(cells(lambda split, text: text), 0.5, 1.0, {})
+    scores = dataclasses.replace(scored(cells(lambda split, text: text), 0.5, 1.0), intervals={})
     old = scores.to_json()
     assert not {"intervals", "metrics"} & set(old)
     assert Scores.from_json(old) == scores and scores.intervals == scores.metrics == {}
@@ -384,7 +390,7 @@ def test_scores_with_intervals_and_further_metrics_come_back_from_their_file_and
 
 
 def test_records_keep_intervals(tmp_path):
-    scores = dataclasses.replace(make_scores([], None, 0.5, {}), intervals={"utility": [0.25, 0.75]})
+    scores = dataclasses.replace(scored([], None, 0.5), intervals={"utility": [0.25, 0.75]})
     save_record(tmp_path, MergeRecord(id="merge-0000", status="finished", recipe={}, scores=scores))
     plain = dataclasses.replace(scores, intervals={})
     save_record(tmp_path, MergeRecord(id="merge-0001", status="finished", recipe={}, scores=plain))
