@@ -122,7 +122,8 @@ def test_warm_failures_are_records_and_a_killed_worker_gives_its_trial_back(laun
     from ray_unlearn.executor import events
 
     handle = launch(executor="warm")
-    diverging = TrialConfig(**to_dict(TRIAL) | {"learning_rate": 1e30, "method": "grad_ascent", "max_grad_norm": 1e30})
+    wild = {"learning_rate": 1e30, "method": "grad_ascent", "options": {}, "max_grad_norm": 1e30}
+    diverging = TrialConfig(**to_dict(TRIAL) | wild)
     ended = outcome(handle, diverging)
     assert ended["status"] == "failed" and "step" in ended["reason"], ended
     misfit = TrialConfig(**to_dict(TRIAL) | {"lora_targets": ["no_such_layer"]})
