@@ -24,6 +24,7 @@ from ray_unlearn.measuring import extra_names, more_metrics
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.recipe import Graded
 from ray_unlearn.models import check_model, load_model, load_tokenizer
+from ray_unlearn.official import OFFICIAL, check_shots, check_terms
 from ray_unlearn.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.records import (
     Example,
@@ -36,9 +37,6 @@ from ray_unlearn.records import (
     write_text,
 )
 from ray_unlearn.scoring import EvalSet, EvalSettings, make_scores
-
-OFFICIAL_TERMS = 12
-OFFICIAL = {"max_new_tokens": 256, "mmlu_mode": "letters", "mmlu_shots": 5}
 
 
 def evaluate(
@@ -100,8 +98,8 @@ def evaluate(
             check_model(path)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
     if official:
-        _check_official({f"{e.task}/{e.kind}" for e in data.forget})
-        _check_shots(data, chosen.mmlu_shots)
+        check_terms({f"{e.task}/{e.kind}" for e in data.forget})
+        check_shots(data, chosen.mmlu_shots)
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
     measured = job.measure(workers, gpus_per_worker, address, cache, log)
     scores = measured.scores(data, chosen, dtype)
@@ -127,12 +125,6 @@ def evaluate(
     return scores
 
 
-def _check_shots(data: EvalSet, shots: int) -> None:
-    short = [f"{subject} has {len(dev)}" for subject, dev in data.dev.items() if len(dev) < shots]
-    if short:
-        raise InputError(f"--official asks MMLU with {shots} examples of each subject; {'; '.join(short[:5])}.")
-
-
 def eval_set(
     forget: str,
     retain: str,
@@ -154,15 +146,6 @@ def eval_set(
         dev=dev,
         questions=questions,
     )
-
-
-def _check_official(cells: set[str]) -> None:
-    expected = {f"Task{task}/{kind}" for task in (1, 2, 3) for kind in ("sc", "qa")}
-    if cells != expected:
-        raise InputError(
-            f"--official demands the shared task's {OFFICIAL_TERMS} terms; "
-            f"missing {sorted(expected - cells)}, unexpected {sorted(cells - expected)}."
-        )
 
 
 # -- scoring generations made elsewhere ----------------------------------------------------------
@@ -194,7 +177,7 @@ def score(
     }
     check_cells(splits["forget"], splits["retain"])
     if official:
-        _check_official({f"{row.task}/{row.kind}" for row in splits["forget"]})
+        check_terms({f"{row.task}/{row.kind}" for row in splits["forget"]})
     if mmlu_accuracy is not None and not (math.isfinite(mmlu_accuracy) and 0 <= mmlu_accuracy <= 1):
         raise InputError(f"--mmlu-accuracy must be in [0, 1], got {mmlu_accuracy}.")
     members, nonmembers = ((), ()) if mia is None else read_losses(Path(mia))
