@@ -45,7 +45,9 @@ def entries(job: Job, model_path: str, rows: int) -> list[Entry]:
     found: list[Entry] = []
     for name in part.names():
         made = recipe(name)
-        config, changed = scaled(made.config, made.model, here) if part.scale_to_model else (dict(made.config), [])
+        config, changed = dict(made.config), list[str]()
+        if config and part.scale_to_model:
+            config, changed = scaled(config, made.model, here)
         kind = "trial" if config else "merge"
         for seed in part.seeds:
             number = sum(entry.id.startswith(kind) for entry in found)
