@@ -140,9 +140,9 @@ class _Forward:
         self.shown = self._positions(terms)
         self.logits, self.hidden = _forward(engine, self.batch, self.shown, self._layer)
         self.nothing = self.logits.sum() * 0.0  # reaches every parameter, so that none lacks a gradient
-        targets = self.batch.ids[:, 1:][self.shown]
-        self.targets = targets
-        self.logps = spread(-torch.nn.functional.cross_entropy(self.logits, targets, reduction="none"), self.shown)
+        self.targets = self.batch.ids[:, 1:][self.shown]
+        losses = torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
+        self.logps = spread(-losses, self.shown)
 
     @property
     def _layer(self) -> str | None:

@@ -19,8 +19,6 @@ OPTIONS: dict[str, Option] = {
     name: option for family in (*_FAMILIES, weighting) for name, option in family.OPTIONS.items()
 }
 """Every method parameter that a configuration may set, beyond the fields that all methods share."""
-REPRESENTATION_OPTIONS = tuple(representation.OPTIONS)
-NEGATION = "negation"
 
 
 def losses_of(method: str) -> list[Loss]:
@@ -42,7 +40,7 @@ def parameters_of(method: str) -> list[str]:
     """Fields of TrialConfig and names in OPTIONS that a method reads, beyond those that every method reads."""
     parts = [LOSSES[name].part for name in METHODS[method].retain]
     shared = ["forget_weight", "forget_on", *(f"{part}_{field}" for part in parts for field in ("weight", "on"))]
-    negated = [NEGATION] if METHODS[method].negates else []
+    negated = ["negation"] if METHODS[method].negates else []
     return list(dict.fromkeys([*shared, *negated, *options_of(method)]))
 
 
