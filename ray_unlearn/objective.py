@@ -193,7 +193,7 @@ class _Forward:
             return self.batch.mask(on)[span]
         if name == "logps":
             return self.logps[span]
-        found = torch.zeros(self.batch.document.shape)
+        found = torch.zeros(self.batch.document.shape, dtype=self.logps.dtype)
         for index, row in enumerate(self.rows):
             if row.reference is not None:
                 found[index, : len(row.reference)] = row.reference
@@ -226,7 +226,7 @@ class _Forward:
 
 
 def _forward(model: Any, batch: Batch, shown: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
-    """Logits [N,V] in float32 of the tokens that follow the shown positions [B,T-1], and a layer's output [B,T,H].
+    """Logits [N,V], float32 or finer, of the tokens after the shown positions [B,T-1]; a layer's output [B,T,H].
 
     The head sees the shown positions alone: for a row of which only the answer counts, most of its
     time and of the memory of its logits is saved.
@@ -234,7 +234,12 @@ def _forward(model: Any, batch: Batch, shown: Tensor, layer: str | None) -> tupl
     inner = getattr(model, "module", model)
     with _head_at(inner, shown), _output_of(inner, layer) as seen:
         logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
-    return logits.float(), seen[0] if seen else logits.new_zeros(0)
+    return at_least_float32(logits), seen[0] if seen else logits.new_zeros(0)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision as float32: a softmax over a vocabulary needs it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.feed import REFUSALS, Feed, alike, make_feed, token_logps
+from ray_unlearn.feed import PASS_TOKENS, REFUSALS, Feed, alike, make_feed, token_logps
 from ray_unlearn.losses import LOSSES, METHODS, losses_of
 from ray_unlearn.objective import Objective, Row
 from ray_unlearn.records import Example
@@ -438,15 +439,41 @@ def test_alternatives_come_with_the_data_or_the_method_is_refused(tiny):
         make_feed(config, examples(tiny, "forget"), retain, bench, Store())
 
 
-def test_groups_are_alike_in_length_keep_pairs_and_lose_no_row():
-    def unit(number, *lengths):
-        return [Row("forget", Encoded(tuple([number] * length), 1)) for length in lengths]
+def units_of(*lengths):
+    """Units of the given rows' lengths; every row's tokens are its unit's number."""
+    return [
+        [Row("forget", Encoded(tuple([number] * length), 1)) for length in ([unit] if isinstance(unit, int) else unit)]
+        for number, unit in enumerate(lengths)
+    ]
 
-    units = [unit(1, 10), unit(2, 30, 4), unit(3, 12), unit(4, 29), unit(5, 61)]
+
+def cost_of(groups):
+    return sum(PASS_TOKENS + len(group) * max(len(row.tokens.ids) for row in group) for group in groups)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_groups_cost_least_of_all_contiguous_groupings_keep_pairs_and_lose_no_row(seed):
+    rng = random.Random(seed)
+    units = units_of(*(rng.choice([rng.randint(4, 300), (rng.randint(4, 90), rng.randint(4, 90))]) for _ in range(7)))
     groups = alike(units, together=False)
-    assert [[row.tokens.ids[0] for row in group] for group in groups] == [[1, 3], [2, 2, 4], [5]]
-    assert [[row.tokens.ids[0] for row in group] for group in alike(units, together=True)] == [[1, 2, 2, 3, 4, 5]]
-    assert alike([], together=False) == [[]]
+    assert sorted(id(row) for group in groups for row in group) == sorted(id(row) for unit in units for row in unit)
+    for unit in units:
+        assert sum(unit[0] in group for group in groups) == 1
+        assert all((unit[0] in group) == (unit[-1] in group) for group in groups)
+    ordered = sorted(units, key=lambda unit: max(len(row.tokens.ids) for row in unit))
+    best = min(
+        cost_of([[row for unit in ordered[a:b] for row in unit] for a, b in pairwise((0, *cuts, len(ordered)))])
+        for count in range(len(ordered))
+        for cuts in combinations(range(1, len(ordered)), count)
+    )
+    assert cost_of(groups) == best
+
+
+def test_rows_that_must_stay_together_do_in_their_order_and_no_rows_are_one_empty_group():
+    units = units_of(10, (30, 4), 12, 290)
+    assert [[row.tokens.ids[0] for row in group] for group in alike(units, together=True)] == [[0, 1, 1, 2, 3]]
+    assert [row.tokens.ids[0] for row in alike(units, together=False)[-1]] == [3]
+    assert alike([], together=False) == alike([], together=True) == [[]]
 
 
 def test_a_step_deals_its_rows_to_slots():
