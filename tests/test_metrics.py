@@ -260,61 +260,6 @@ def test_f1_punishes_surplus_text_and_recall_does_not():
     assert rouge_l_f1("a b", "b a") == pytest.approx(0.5) and rouge_1_f1("a b", "b a") == 1.0
 
 
-def slow_scores(rows, losses, utility):
-    found = {}
-    tasks = {(row["task"], row["id"][:-1][-2:]) for row in rows}
-    for split in ("forget", "retain"):
-        for task, kind in tasks:
-            values = []
-            for row in rows:
-                if (row["split"], row["task"], row["id"][:-1][-2:]) == (split, task, kind):
-                    gold, said = row["expected_output"], row["model_output"]
-                    same = 1.0 if gold.strip().lower() == said.strip().lower() else 0.0
-                    values.append(slow_recall(gold, said) if kind == "sc" else same)
-            mean = sum(values) / len(values)
-            name = "regurgitation" if kind == "sc" else "knowledge"
-            found[f"{split}/{task}/{name}"] = 1 - mean if split == "forget" else mean
-    aggregate = 0.0 if min(found.values()) < 1e-12 else statistics.harmonic_mean(found.values())
-    area = slow_auc(losses["member"], losses["nonmember"])
-    mia = 1 - 2 * abs(area - 0.5)
-    return found, aggregate, area, mia, (aggregate + mia + utility) / 3
-
-
-def random_predictions(rng):
-    """Rows of one to three tasks with one or both kinds in each; outputs range from gold to nothing."""
-    rows = []
-    for task in rng.sample(["Task1", "Task2", "Task3"], rng.randint(1, 3)):
-        for kind in rng.choice([["sc"], ["qa"], ["sc", "qa"]]):
-            for split in ("forget", "retain"):
-                for number in range(rng.randint(1, 4)):
-                    gold = " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
-                    said = " ".join(w if rng.random() < 0.7 else rng.choice(WORDS) for w in gold.split())
-                    said = rng.choice([gold, gold.upper() + " ", said, said + " the house", "", "nan"])
-                    name = f'"{task}-{split}{number}"{kind}1'
-                    row = {"id": name, "task": task, "split": split, "expected_output": gold, "model_output": said}
-                    rows.append(row)
-    rng.shuffle(rows)
-    return rows
-
-
-def test_three_hundred_random_prediction_files_score_as_a_second_implementation_says(tmp_path):
-    positive = 0
-    for seed in range(300):
-        rng = random.Random(seed)
-        rows, utility = random_predictions(rng), rng.random()
-        losses = {name: [rng.randint(0, 20) / 4 for _ in range(rng.randint(1, 9))] for name in ("member", "nonmember")}
-        predictions, mia = tmp_path / "p.jsonl", tmp_path / "losses.json"
-        predictions.write_text("".join(json.dumps(row, ensure_ascii=bool(seed % 2)) + "\n" for row in rows), "utf-8")
-        mia.write_text(json.dumps(losses))
-        scores = score(predictions, mia=mia, mmlu_accuracy=utility)
-        terms, aggregate, area, mia_value, final = slow_scores(rows, losses, utility)
-        assert scores.terms == pytest.approx(terms, abs=1e-12), seed
-        found = (scores.task_aggregate, scores.mia_auc, scores.mia_score, scores.utility, scores.final)
-        assert found == pytest.approx((aggregate, area, mia_value, utility, final), abs=1e-9), seed
-        positive += aggregate > 0
-    assert positive > 30  # the comparison is not one of zeros
-
-
 def prediction(**changes):
     row = {"id": "a1sc1", "task": "T", "split": "forget", "expected_output": "x y", "model_output": "x"}
     return {**row, **changes}

@@ -13,6 +13,8 @@ from ray_unlearn.config import TrialConfig, from_dict, require
 from ray_unlearn.errors import unknown_name
 
 UNVERIFIED = "unverified"
+SMALLEST_BATCH = 4
+"""Rows below which a scaled batch does not go: steps on fewer take no less time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[
 
     Layer indices keep their relative depth, the learning rate grows with the inverse of the width
     (muP's rule for Adam: Yang et al. 2022, arXiv 2203.03466), and the batch shrinks with the forget
-    set, so that an epoch keeps about its number of steps.
+    set, so that an epoch keeps about its number of steps, but not below SMALLEST_BATCH.
     """
     new = dict(config)
 
@@ -107,7 +109,8 @@ def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[
     if target.hidden < source.hidden:
         new["learning_rate"] = float(f"{config['learning_rate'] * source.hidden / target.hidden:.3g}")
     if target.rows < source.rows:
-        new["batch_size"] = max(1, round(config["batch_size"] * target.rows / source.rows))
+        smallest = min(SMALLEST_BATCH, config["batch_size"])
+        new["batch_size"] = max(smallest, round(config["batch_size"] * target.rows / source.rows))
         if "micro_batches" in config:
             new["micro_batches"] = min(config["micro_batches"], new["batch_size"])
     changed = [f"{key}: {config[key]} -> {new[key]}" for key in new if new[key] != config[key]]
