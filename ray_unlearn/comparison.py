@@ -19,7 +19,7 @@ from ray_unlearn.merging.actor import MergeActor
 from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.models import empty_model
 from ray_unlearn.recipes import Geometry, Recipe, recipe, scaled
-from ray_unlearn.records import Scores, TrialRecord, load_records, write_json, write_text
+from ray_unlearn.records import Scores, Snapshot, TrialRecord, load_records, write_json, write_text
 from ray_unlearn.rundir import Run
 from ray_unlearn.stages import bench_spec, save_merge
 
@@ -96,29 +96,26 @@ def _run_trials(run: Run, missing: Sequence[Entry]) -> None:
 
 def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) -> None:
     """A merge recipe's members are the last snapshots of their recipes' trials with the same seed."""
-    if not missing:
+    members = {entry.id: _members(run, planned, entry) for entry in missing}
+    for entry in missing:
+        if not members[entry.id]:
+            run.progress.line(f"{entry.id} {entry.recipe.name}: a member is missing; name its recipe in the job")
+    ready = [entry for entry in missing if members[entry.id]]
+    if not ready:
         return
-    trials = {record.id: record for record in load_records(run.dir)[0]}
     needs = {"num_cpus": run.job.resources.cpus_per_worker, "num_gpus": run.job.resources.gpus_per_worker}
     actor = ray.remote(MergeActor).options(**needs).remote()
-    spec = ray.put(bench_spec(run))
-    for entry in missing:
+    files = {one.id: read_snapshot(run.dir / one.path) for entry in ready for one in members[entry.id]}
+    inputs = [ray.put(bench_spec(run)), ray.put(files)]  # an actor loads its members once: those of all merges
+    for entry in ready:
         merge = entry.recipe.merge
-        of = {(other.recipe.name, other.seed): trials.get(other.id) for other in planned}
-        records = [of.get((name, entry.seed)) for name in merge["members"]]
-        lasts = [record.snapshots[-1] for record in records if record is not None and record.snapshots]
-        if len(lasts) < len(records):
-            run.progress.line(f"{entry.id} {entry.recipe.name}: a member is missing; name its recipe in the job")
-            continue
         made = MergeRecipe(
             method=merge["method"],
-            members=[snapshot.id for snapshot in lasts],
+            members=[snapshot.id for snapshot in members[entry.id]],
             weights=merge["weights"],
-            densities=[merge["density"]] * len(lasts),
+            densities=[merge["density"]] * len(members[entry.id]),
         )
-        inputs = [spec, ray.put({snapshot.id: read_snapshot(run.dir / snapshot.path) for snapshot in lasts})]
-        threads = max(1, int(run.job.resources.cpus_per_worker))
-        began = time.monotonic()
+        began, threads = time.monotonic(), max(1, int(run.job.resources.cpus_per_worker))
         scores, reason = None, ""
         try:
             scores = ray.get(actor.score.remote(made, inputs, threads))
@@ -126,6 +123,15 @@ def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) ->
             reason = f"{type(error.cause).__name__}: {error.cause}"
         save_merge(run, entry.id, made, scores, reason, time.monotonic() - began)
     ray.kill(actor)
+
+
+def _members(run: Run, planned: Sequence[Entry], entry: Entry) -> list[Snapshot]:
+    """The last snapshots of a merge's members; empty when one has none."""
+    trials = {record.id: record for record in load_records(run.dir)[0]}
+    of = {(other.recipe.name, other.seed): trials.get(other.id) for other in planned}
+    records = [of.get((name, entry.seed)) for name in entry.recipe.merge["members"]]
+    lasts = [record.snapshots[-1] for record in records if record is not None and record.snapshots]
+    return lasts if len(lasts) == len(records) else []
 
 
 def table(planned: Sequence[Entry], trials: Sequence[Any], merges: Sequence[Any]) -> list[dict[str, Any]]:
