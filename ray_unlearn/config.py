@@ -21,13 +21,13 @@ T = TypeVar("T")
 def from_dict(cls: type[T], data: object, where: str = "") -> T:
     """Builds the dataclass `cls` from plain values, checking every key and type.
 
-    `where` is the dotted path used in messages. Raises InputError for an unknown key (naming the
+    `where` is the dotted path used in messages. A class may say by `gathered` how a looser mapping becomes one of
+    its fields. Raises InputError for an unknown key (naming the
     nearest known one), a wrong type, or a value that `__post_init__` refuses.
     """
     if not isinstance(data, dict):
         raise InputError(f"{where or cls.__name__} must be a mapping of keys to values, got {data!r}.")
-    if cls is TrialConfig:
-        data = _gather_options(data)
+    data = getattr(cls, "gathered", dict)(data)
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for key in data:
@@ -38,15 +38,6 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
         return cls(**values)
     except TypeError as error:  # a required key is missing
         raise InputError(f"{where or cls.__name__}: {error}.") from error
-
-
-def _gather_options(data: dict[str, Any]) -> dict[str, Any]:
-    """A trial's mapping in which method parameters may stand beside the fields, with them under `options`."""
-    stated = data.get("options") or {}
-    if not isinstance(stated, dict):
-        return data
-    beside = {key: data[key] for key in data if key in OPTIONS}
-    return {key: value for key, value in data.items() if key not in OPTIONS} | {"options": stated | beside}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -206,6 +197,15 @@ class TrialConfig:
     """Wall-clock limit; the trial is recorded as stopped with the snapshots it has."""
     seed: int = 0
     """Seed of adapter initialisation, dropout and batch order."""
+
+    @staticmethod
+    def gathered(data: dict[str, Any]) -> dict[str, Any]:
+        """A mapping in which method parameters may stand beside the fields, with them under `options`."""
+        stated = data.get("options") or {}
+        if not isinstance(stated, dict):
+            return data
+        beside = {key: data[key] for key in data if key in OPTIONS}
+        return {key: value for key, value in data.items() if key not in OPTIONS} | {"options": stated | beside}
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.config import TrialConfig
-from ray_unlearn.data import Encoded, by_length, collate, cut, encode
+from ray_unlearn.data import Encoded, collate, cut, encode
 from ray_unlearn.errors import InputError
+from ray_unlearn.forward import MAX_LOGITS, MAX_TOKENS, batches, device_of, picked_logits, vocabulary_of
+from ray_unlearn.likelihood import token_losses
 from ray_unlearn.losses import LOSSES, METHODS
-from ray_unlearn.objective import Row, at_least_float32
+from ray_unlearn.objective import Row
 from ray_unlearn.records import Example
 from ray_unlearn.schedule import Step
 
@@ -31,9 +33,9 @@ REFUSALS = (
     "I'm afraid I don't know.",
 )
 """What a row is to be answered with under `idk_dpo`."""
-REFERENCE_TOKENS = 4096
 PASS_TOKENS = 64
-"""What a forward and backward pass costs beside its tokens, in tokens: measured with SmolLM2-135M on 2 CPU cores."""
+"""What a forward and backward pass is taken to cost beside its tokens, in tokens: a guess of the right order for
+135 M parameters on a CPU, not a measurement."""
 
 Shared = Callable[[str, Callable[[], Any]], Any]
 """(name, how to make it) -> the value: made once by whoever asks first, then the same for all trials of a search."""
@@ -127,17 +129,17 @@ def _alternatives(forget: Sequence[Example], kind: str, seed: int) -> list[Examp
 def token_logps(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[Tensor]:
     """[tokens - 1] of each row: the model's log-probability of each next token, float32 on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    longest = max(len(row.ids) for row in rows)
-    device = next(model.parameters()).device
+    lengths = [len(row.ids) for row in rows]
     with torch.no_grad():
-        for group in by_length(rows, lambda row: len(row.ids), max(1, REFERENCE_TOKENS // longest)):
-            batch = collate([rows[i] for i in group], pad_id, device)
-            logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[:, :-1]
-            for index, row, ids in zip(group, logits, batch.ids, strict=True):
-                count = len(rows[index].ids) - 1
-                found[index] = -torch.nn.functional.cross_entropy(
-                    at_least_float32(row[:count]), ids[1 : count + 1], reduction="none"
-                ).cpu()
+        for group in batches(lengths, len(rows), min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model))):
+            batch = collate([rows[i] for i in group], pad_id, device_of(model))
+            at_row, at = batch.document.nonzero(as_tuple=True)
+            logits, _ = picked_logits(
+                model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention, use_cache=False
+            )
+            losses = token_losses(logits, batch.ids[at_row, at + 1]).cpu()
+            for index, row in zip(group, losses.split([lengths[i] - 1 for i in group]), strict=True):
+                found[index] = -row.clone()
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,16 +30,40 @@ def picked_logits(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> t
     Only those N positions reach the output head. What the model does with its logits afterwards
     (soft caps, scales) is elementwise and stays as it is.
     """
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         out = model(**inputs)
         return out.logits[rows, columns], out.past_key_values
+    with head_at(model, rows, columns):
+        out = model(**inputs)
+    return out.logits[0], out.past_key_values
+
+
+@contextmanager
+def head_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """The output head sees hidden[rows[n], columns[n]] alone, so that a pass's logits are [1, N, V]."""
+    head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, given: (given[0][rows, columns][None], *given[1:]))
     try:
-        out = model(**inputs)
+        yield
     finally:
         handle.remove()
-    return out.logits[0], out.past_key_values
+
+
+@contextmanager
+def scoring_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's own mode is given back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision as float32: a softmax over a vocabulary needs it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -308,10 +308,10 @@ class Job:
         points: list[FirstPoint] = []
         for point in self.search.first_points:
             if isinstance(point, str):
-                config = to_dict(recipe(point).trial())
-                config |= config["options"]
-                chosen = {key: config[key] for key in RECIPE_KEYS if key in recipe(point).config}
-                points.append(FirstPoint({"space": config["method"], **chosen}, point))
+                stated, checked = recipe(point).config, to_dict(recipe(point).trial())
+                checked |= checked["options"]
+                chosen = {key: checked[key] for key in RECIPE_KEYS if key in stated}
+                points.append(FirstPoint({"space": checked["method"], **chosen}, point))
             elif isinstance(point, dict):
                 points.append(FirstPoint(point, None))
             else:

@@ -14,6 +14,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.forward import (
     MAX_LOGITS,
     MAX_TOKENS,
+    at_least_float32,
     batches,
     context_of,
     device_of,
@@ -29,7 +30,9 @@ SLICE = 256
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """(logits [N, V], targets [N]) -> [N] cross-entropies in nats, float32 a slice at a time."""
     parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts])
+    return torch.cat(
+        [torch.nn.functional.cross_entropy(at_least_float32(part), ids, reduction="none") for part, ids in parts]
+    )
 
 
 def row_losses(model: Any, pad: int, rows: Sequence[Encoded], batch_size: int, on: str) -> list[float]:

@@ -152,11 +152,6 @@ def publish(temporary: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def context_length(model: Any, default: int = 2048) -> int:
-    """Positions that the model was made for."""
-    return int(getattr(model.config, "max_position_embeddings", None) or default)
-
-
 def layer_prefix(model: Any) -> str:
     """The name of the list of decoder layers, `model.layers` in most families."""
     from torch.nn import ModuleList

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Batch, Encoded, collate
+from ray_unlearn.forward import at_least_float32, head_at
 from ray_unlearn.losses import LOSSES, METHODS, losses_of, make_weighting, pools
 from ray_unlearn.losses.representation import adaptive_coefficient, control_vector
 from ray_unlearn.losses.rows import spread
@@ -232,25 +233,9 @@ def _forward(model: Any, batch: Batch, shown: Tensor, layer: str | None) -> tupl
     time and of the memory of its logits is saved.
     """
     inner = getattr(model, "module", model)
-    with _head_at(inner, shown), _output_of(inner, layer) as seen:
-        logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
+    with head_at(inner, *shown.nonzero(as_tuple=True)), _output_of(inner, layer) as seen:
+        logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]
     return at_least_float32(logits), seen[0] if seen else logits.new_zeros(0)
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Half precision as float32: a softmax over a vocabulary needs it."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-@contextmanager
-def _head_at(model: Any, shown: Tensor) -> Iterator[None]:
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, inputs: (inputs[0][:, :-1][shown], *inputs[1:])
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from ray_unlearn import generation, likelihood, metrics, mmlu
 from ray_unlearn.data import Encoded, Question
 from ray_unlearn.errors import InputError
+from ray_unlearn.forward import scoring_mode
 from ray_unlearn.records import Example, Scores
 
 Gather = Callable[[list[Any]], list[Any]]
@@ -102,14 +100,14 @@ def plan(data: EvalSet, settings: EvalSettings) -> list[Unit]:
     rows = [*data.forget, *data.retain]
     documents = [*data.members, *data.nonmembers] if data.members and data.nonmembers else []
     parts = {
-        "texts": _dealt([len(row.input) + len(row.output) for row in rows], size),
-        "losses": _dealt([len(document) for document in documents], size),
+        "texts": dealt([len(row.input) + len(row.output) for row in rows], size),
+        "losses": dealt([len(document) for document in documents], size),
         "choices": _by_subject(data.questions, size),
     }
     return [Unit(part, tuple(indices)) for part, groups in parts.items() for indices in groups]
 
 
-def _dealt(lengths: Sequence[int], size: int) -> list[list[int]]:
+def dealt(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in groups of at most `size`, each with its share of short and long ones."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups = -(-len(order) // size)
@@ -141,18 +139,6 @@ def compute(
             documents = [*data.members, *data.nonmembers]
             return document_losses(model, tokenizer, [documents[i] for i in unit.rows], settings)
         return mmlu_choices(model, tokenizer, [data.questions[i] for i in unit.rows], data.dev, settings)
-
-
-@contextmanager
-def scoring_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode is given back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def document_losses(model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings) -> list[float]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ray_unlearn.data import Encoded, by_length, collate
+from ray_unlearn.data import Encoded, collate
 from ray_unlearn.errors import InputError
+from ray_unlearn.forward import MAX_LOGITS, MAX_TOKENS, batches, device_of, picked_logits, scoring_mode, vocabulary_of
 
-MAX_LOGITS = 2**27
-"""Logits of one forward pass: tokens times vocabulary, padding included."""
 MAX_SLICE = 2**24
 """Logits in float32 at a time."""
 
@@ -49,10 +47,9 @@ def token_signals(
                 f"before the tokens that are scored, and one to score."
             )
     found: list[TokenSignals | None] = [None] * len(rows)
-    longest = max((len(row.ids) for row in rows), default=1)
-    size = max(1, min(batch_size, MAX_LOGITS // (longest * len(tokenizer))))
-    for group in by_length(rows, lambda row: len(row.ids), size):
-        with _evaluating(model), torch.no_grad():
+    most = min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model))
+    for group in batches([len(row.ids) for row in rows], batch_size, most):
+        with scoring_mode(model):
             signals = _batch_signals(model, tokenizer.pad_token_id, [rows[i] for i in group], moments)
         for index, one in zip(group, signals, strict=True):
             if not np.isfinite(one.log_probs).all():
@@ -64,28 +61,14 @@ def token_signals(
     return found  # type: ignore[return-value]
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _batch_signals(model: Any, pad_id: int, rows: Sequence[Encoded], moments: bool) -> list[TokenSignals]:
-    device = next(model.parameters()).device
-    batch = collate(rows, pad_id, device)
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
+    batch = collate(rows, pad_id, device_of(model))
     at_row, at = batch.answer.nonzero(as_tuple=True)
+    logits, _ = picked_logits(model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
     labels = batch.ids[at_row, at + 1]
     step = max(1, MAX_SLICE // logits.shape[-1])
-    parts = [
-        _signals(logits[at_row[start : start + step], at[start : start + step]], labels[start : start + step], moments)
-        for start in range(0, len(at), step)
-    ]
+    slices = zip(logits.split(step), labels.split(step), strict=True)
+    parts = [_signals(some, ids, moments) for some, ids in slices]
     joined = [torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)]
     ends = np.cumsum([len(row.ids) - row.prompt for row in rows])[:-1]
     each = [np.split(column, ends if column.size else [0] * len(ends)) for column in joined]
@@ -117,7 +100,7 @@ def gradient_norms(model: Any, rows: Sequence[Encoded]) -> list[list[float]]:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with _evaluating(model), torch.enable_grad():
+        with scoring_mode(model), torch.enable_grad():
             return [_norms(model, parameters, row) for row in rows]
     finally:
         for parameter, flag in zip(parameters, trained, strict=True):

@@ -19,14 +19,16 @@ from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Encoded
 from ray_unlearn.engine import Engine
 from ray_unlearn.feed import Feed, Unit, alike, make_feed
+from ray_unlearn.forward import context_of
 from ray_unlearn.masks import memflex_mask, sure_mask
-from ray_unlearn.models import context_length
 from ray_unlearn.objective import Objective, Row, StepLoss
 from ray_unlearn.records import Example, Scores
 from ray_unlearn.schedule import Step, plan, snapshot_steps
 from ray_unlearn.scoring import EvalSet, EvalSettings, Shard, score_model
 from ray_unlearn.tuning import Tuned
 
+UNSTATED_CONTEXT = 2048
+"""Tokens that a model is taken to read where its configuration names no limit."""
 HOPELESS_UTILITY = 0.5
 """Share of the utility floor below which, at two snapshots in a row, a trial cannot come back."""
 
@@ -71,7 +73,7 @@ class Bench:
     @property
     def limit(self) -> int:
         """Tokens that the model can take."""
-        return context_length(self.model)
+        return context_of(self.model) or UNSTATED_CONTEXT
 
     def encoded(self, key: Any, make: Callable[[], list[Encoded]]) -> list[Encoded]:
         """Tokenised rows, made once for each way of tokenising."""
@@ -163,7 +165,7 @@ def _share_loss(
 ) -> StepLoss:
     """The loss of a share of a step's rows, in groups of like length; without rows, of one that weighs nothing."""
     collective = engine.stage == 3
-    terms = objective.terms(bool(step.forget), bool(step.retain), repair=not step.forget)
+    terms = objective.terms(bool(step.forget), bool(step.retain), repair=step.phase == "repair")
     sizes = {"forget": len(step.forget), "retain": len(step.retain)}
     parts = []
     for rows in alike(units, together=collective or objective.pools):
@@ -200,9 +202,11 @@ class _Saliency:
 
     def apply(self) -> None:
         """Keeps of the step's gradients what the mask lets through; a repair step is not masked."""
-        if not self.splits or not any(bool(gradient.any()) for gradient in self.gradients["forget"]):
+        if not self.splits:
             return
         averaged = {split: self.engine.average(gradients) for split, gradients in self.gradients.items()}
+        if not any(bool(gradient.any()) for gradient in averaged["forget"]):  # of all ranks: all of them return here
+            return
         if self.config.gradient_mask == "sure":
             masks = sure_mask(averaged["forget"], self.config.mask_percentile)
         else:

@@ -115,13 +115,16 @@ def trained_layers(model: Any, config: TrialConfig) -> list[int] | None:
     return config.train_layers
 
 
+def _layer_starts(model: Any, config: TrialConfig) -> tuple[str, ...]:
+    """What the names of all that a trial may change begin with."""
+    layers = trained_layers(model, config)
+    return ("",) if layers is None else tuple(f"{layer_prefix(model)}.{layer}." for layer in layers)
+
+
 def trained_names(model: Any, config: TrialConfig) -> set[str]:
     """The parameters that full-weight tuning changes; raises InputError when there are none."""
-    layers = trained_layers(model, config)
-    names = [name for name, _ in model.named_parameters()]
-    if layers is not None:
-        starts = tuple(f"{layer_prefix(model)}.{layer}." for layer in layers)
-        names = [name for name in names if name.startswith(starts)]
+    starts = _layer_starts(model, config)
+    names = [name for name, _ in model.named_parameters() if name.startswith(starts)]
     found = {name for name in names if re.search(config.train_modules or "", name)}
     if not found:
         raise InputError(
@@ -167,8 +170,7 @@ def _linear_names(model: Any) -> list[str]:
 
 def _adapted(model: Any, config: TrialConfig) -> list[torch.nn.Linear]:
     """The linear layers that get adapters; raises InputError when there are none."""
-    targets, layers = config.lora_targets, trained_layers(model, config)
-    starts = ("",) if layers is None else tuple(f"{layer_prefix(model)}.{layer}." for layer in layers)
+    targets, starts = config.lora_targets, _layer_starts(model, config)
     head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():

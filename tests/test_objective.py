@@ -549,3 +549,18 @@ def test_a_steps_parts_are_means_over_all_its_rows_and_its_gradient_is_theirs(ti
         torch.testing.assert_close(gradient, seen[0][2], rtol=1e-3, atol=1e-5)
     if METHODS[method].weighting != "fixed":
         assert seen[0][1] != 1.0  # it did move
+
+
+@pytest.mark.parametrize(("phase", "descends"), [("forget", False), ("repair", True)])
+def test_retain_rows_alone_are_descended_on_in_a_repair_and_not_in_a_mixed_batch_of_a_method_without_retain(
+    tiny, prepare, phase, descends
+):
+    config = TrialConfig(method="grad_ascent", schedule="mixed", lora_rank=2)
+    _, tuned = prepare(config)
+    engine, feed = StepEngine(tuned.model), Feed([], [[row] for row in some_rows(tiny, "retain", 2, 3)])
+    engine.micro_batches = 1
+    parts, _ = _train_step(
+        engine, Objective(config, tuned, PAD), Step(phase, 1, (), (0, 1), 1e-3, True), feed, OneWorker()
+    )
+    moved = any(bool(p.grad.any()) for p in tuned.model.parameters() if p.requires_grad)
+    assert moved == descends == (parts["loss"] > 0)

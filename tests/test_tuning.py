@@ -172,3 +172,27 @@ def test_saliency_is_taken_beside_the_accumulated_gradient():
     saliency.apply()
     assert seen["mask"].tolist() == [[1.0], [0.0]]
     assert weight.grad.tolist() == [[1.0, 2.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("split_gradient", [0.0, 1.0])
+def test_every_rank_averages_before_it_asks_whether_there_is_anything_to_mask(split_gradient):
+    """A rank without forget rows of its own must still take part in the collective."""
+    from ray_unlearn.trial import _Saliency
+
+    weight, calls = torch.nn.Parameter(torch.ones(2, 2)), []
+
+    class FakeEngine:
+        parameters = [weight]
+
+        def average(self, tensors):
+            calls.append("average")
+            return [tensor + split_gradient for tensor in tensors]
+
+        def mask(self, masks):
+            calls.append("mask")
+
+    saliency = _Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
+    nothing = (weight * 0.0).sum()
+    saliency.add({"forget": nothing, "retain": nothing})
+    saliency.apply()
+    assert calls == (["average", "mask"] if split_gradient else ["average"])
