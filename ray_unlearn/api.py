@@ -20,10 +20,11 @@ from ray_unlearn.data import (
 )
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, device
-from ray_unlearn.measuring import extra_names, more_metrics
+from ray_unlearn.evaluation import workers as workers_of
+from ray_unlearn.measuring import extra_names
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.recipe import Graded
-from ray_unlearn.models import check_model, load_model, load_tokenizer
+from ray_unlearn.models import check_model, load_model
 from ray_unlearn.official import OFFICIAL, check_shots, check_terms
 from ray_unlearn.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.records import (
@@ -36,7 +37,7 @@ from ray_unlearn.records import (
     write_json,
     write_text,
 )
-from ray_unlearn.scoring import EvalSet, EvalSettings, make_scores
+from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, make_scores
 
 
 def evaluate(
@@ -65,8 +66,8 @@ def evaluate(
 ) -> Scores:
     """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
 
-    `metrics` are further ones by name (METRICS), computed in this process; `reference` is a model trained without the
-    forget set, which some of them need and all are then compared with.
+    `metrics` are further ones by name (METRICS); `reference` is a model trained without the forget set, which some of
+    them need and all are then compared with.
 
     With one worker it runs in this process, with more on as many Ray actors; the scores are the
     same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
@@ -101,28 +102,26 @@ def evaluate(
         check_terms({f"{e.task}/{e.kind}" for e in data.forget})
         check_shots(data, chosen.mmlu_shots)
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
-    measured = job.measure(workers, gpus_per_worker, address, cache, log)
-    scores = measured.scores(data, chosen, dtype)
-    if metrics:
-        more = more_metrics(
-            metrics,
-            load_model(model, dtype, adapter).to(device()),
-            load_tokenizer(model),
-            data,
-            texts=measured.texts,
-            reference=None if reference is None else load_model(reference, dtype).to(device()),
-            batch_size=chosen.batch_size,
-            log=log,
-        )
-        scores = dataclasses.replace(scores, metrics=more)
+    with workers_of(workers, gpus_per_worker, address, log) as each:
+        measured = job.measure(each, cache, log)
+        scores = job.scores(measured)
+        if metrics:
+            scores = dataclasses.replace(scores, metrics=job.more(metrics, measured, reference, each, cache, log))
+    _write_measured(data, measured, predictions, losses)
+    if out is not None:
+        write_json(Path(out), scores.to_json())
+    return scores
+
+
+def _write_measured(
+    data: EvalSet, measured: Measured, predictions: str | Path | None, losses: str | Path | None
+) -> None:
+    """The files that `score` reads, where asked for."""
     if predictions is not None:
         write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in prediction_rows(data, measured.texts)))
     if losses is not None:
         count = len(data.members)
         write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
-    if out is not None:
-        write_json(Path(out), scores.to_json())
-    return scores
 
 
 def eval_set(

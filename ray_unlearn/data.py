@@ -21,7 +21,7 @@ from ray_unlearn.records import Example
 KINDS = ("sc", "qa")
 SHOWN_PROBLEMS = 20
 ROW_FIELDS = ("id", "input", "output", "task")
-ALTERNATE = "alternate"
+ALTERNATE, PERTURBED = "alternate", "perturbed"
 """An optional column: another answer to the row, for methods that prefer it to the one to be forgotten."""
 
 
@@ -139,6 +139,17 @@ def _alternate_problem(row: dict[str, Any]) -> str | None:
     return problem or ("alternate is the output itself" if row[ALTERNATE] == row["output"] else None)
 
 
+def _perturbed_problem(row: dict[str, Any]) -> str | None:
+    """Why a row's wrong answers cannot be used, or None."""
+    stated = row.get(PERTURBED)
+    if stated is None:
+        return None
+    if not isinstance(stated, list):
+        return f"perturbed must be a list of texts, got {stated!r:.60}"
+    problem = next(filter(None, (row_problem({PERTURBED: text}, (PERTURBED,)) for text in stated)), None)
+    return problem or ("perturbed holds the output itself" if row["output"] in stated else None)
+
+
 @dataclass(frozen=True)
 class _Scanned:
     """A file's good rows with their numbers, and the problems of the others."""
@@ -155,7 +166,7 @@ def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
     for number, row in read_rows(path):
         problem = row_problem(row, fields)
         if problem is None and "input" in fields:
-            problem = kind_problem(row) or _alternate_problem(row)
+            problem = kind_problem(row) or _alternate_problem(row) or _perturbed_problem(row)
         if problem is None and row["id"] in seen:
             problem = f"id {row['id']!r} is already used in row {seen[row['id']]}"
         if problem:
@@ -224,9 +235,12 @@ def _content(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    kind = kind_of(row) or ""
-    other = row.get(ALTERNATE)
-    return Example(id=row["id"], input=row["input"], output=row["output"], task=row["task"], kind=kind, alternate=other)
+    return Example(
+        **{name: row[name] for name in ("id", "input", "output", "task")},
+        kind=kind_of(row) or "",
+        alternate=row.get(ALTERNATE),
+        perturbed=tuple(row.get(PERTURBED) or ()),
+    )
 
 
 def load_documents(path: str | Path, skip_bad: bool = False) -> list[str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_unlearn.generation import check_prompts
+from ray_unlearn.measuring import DIFFERENCES, Work, more_metrics
+from ray_unlearn.metrics import METRICS
 from ray_unlearn.models import load_model, load_tokenizer
+from ray_unlearn.records import Scores
 from ray_unlearn.score_cache import FinishedUnits, evaluation_digest, weights_digest
 from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, Unit, compute, describe, plan
 
@@ -25,26 +30,62 @@ class Evaluation:
     data: EvalSet
     settings: EvalSettings
 
-    def measure(
-        self, workers: int, gpus_per_worker: float, address: str | None, cache: str | Path | None, log: Log
-    ) -> Measured:
-        """What the model says, loses and chooses, computed by so many workers; units found in `cache` are not."""
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Which model it is."""
+        return self.model, self.adapter
+
+    def measure(self, each: Each, cache: str | Path | None, log: Log) -> Measured:
+        """What the model says, loses and chooses; units found in `cache` are not computed again."""
         units = plan(self.data, self.settings)
         finished = FinishedUnits(self._folder(cache, log))
         results = finished.load(units)
         missing = [index for index in range(len(units)) if index not in results]
         log(f"evaluating {describe(self.data)}: {len(missing)} of {len(units)} parts to compute")
-        if missing:
-            computed = (
-                self._here(units, missing, log)
-                if workers == 1
-                else self._on_actors(units, missing, workers, gpus_per_worker, address, log)
-            )
-            for done, (index, found) in enumerate(computed, start=1):
-                results[index] = found
-                finished.save(index, units[index], found)
-                log(f"{units[index].part}: part {done} of {len(missing)} done")
+        calls = [partial(Scorer.compute, unit=units[index]) for index in missing]
+        for done, (place, found) in enumerate(each(self, calls), start=1):
+            index = missing[place]
+            results[index] = found
+            finished.save(index, units[index], found)
+            log(f"{units[index].part}: part {done} of {len(missing)} done")
         return Measured.of(units, [results[index] for index in range(len(units))])
+
+    def more(
+        self, names: Sequence[str], measured: Measured, reference: str | None, each: Each, cache: Any, log: Log
+    ) -> dict[str, Any]:
+        """Further metrics by name, the work shared out as `measure` shares out its own.
+
+        `reference` is the path of a model trained without the forget set. Where texts or scores are compared it is
+        evaluated like this one.
+        """
+        other = None if reference is None else replace(self, model=reference, adapter=None)
+        theirs = None
+        if other is not None and any(METRICS[name].family == "generation" or name == DIFFERENCES for name in names):
+            theirs = other.measure(each, cache, log)
+
+        def spread(work: Work, evaluation: Evaluation, shares: Sequence[Sequence[Any]]) -> list[list[Any]]:
+            calls = [partial(Scorer.work, work=work, rows=share) for share in shares]
+            found = dict(each(evaluation, calls))
+            return [found[place] for place in range(len(calls))]
+
+        return more_metrics(
+            names,
+            self,
+            load_tokenizer(self.model),
+            self.data,
+            texts=measured.texts,
+            scores=self.scores(measured),
+            reference=other,
+            reference_texts=None if theirs is None else theirs.texts,
+            reference_scores=None if theirs is None else self.scores(theirs),
+            batch_size=self.settings.batch_size,
+            spread=spread,
+            log=log,
+        )
+
+    def scores(self, measured: Measured) -> Scores:
+        """What was measured, as Scores."""
+        return measured.scores(self.data, self.settings, self.dtype)
 
     def _folder(self, cache: str | Path | None, log: Log) -> Path | None:
         if cache is None:
@@ -56,31 +97,6 @@ class Evaluation:
             return None
         name = evaluation_digest(weights, self.dtype, self.data, self.settings)
         return Path(cache).expanduser() / name
-
-    def _here(self, units: Sequence[Unit], missing: Sequence[int], log: Log) -> Iterator[tuple[int, list[Any]]]:
-        scorer = Scorer(self.model, self.adapter, self.dtype, self.data, self.settings, device(), log)
-        for index in missing:
-            yield index, scorer.compute(units[index])
-
-    def _on_actors(
-        self,
-        units: Sequence[Unit],
-        missing: Sequence[int],
-        workers: int,
-        gpus_per_worker: float,
-        address: str | None,
-        log: Log,
-    ) -> Iterator[tuple[int, list[Any]]]:
-        from ray_unlearn.cluster import cluster
-        from ray_unlearn.job import ResourcesPart
-
-        workers = min(workers, len(missing))
-        resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, dashboard=False)
-        with cluster(address, resources) as started_here:
-            from ray_unlearn.workbench import computed_by_actors
-
-            log(f"{workers} workers")
-            yield from computed_by_actors(self, units, missing, resources, started_here, log)
 
 
 class Scorer:
@@ -106,6 +122,56 @@ class Scorer:
     def compute(self, unit: Unit) -> list[Any]:
         """The unit's results."""
         return compute(unit, self.model, self.tokenizer, self.data, self.settings)
+
+    def work(self, work: Work, rows: Sequence[Any]) -> list[Any]:
+        """What `work` makes of rows with this model."""
+        return work(self.model, rows)
+
+
+Each = Callable[[Evaluation, Sequence[Callable[[Scorer], list[Any]]]], Iterator[tuple[int, list[Any]]]]
+"""(evaluation, calls) -> (place, result) of each call of the evaluation's Scorer, as they are done. Calls can be
+pickled."""
+
+
+@contextmanager
+def workers(count: int, gpus_each: float, address: str | None, log: Log) -> Iterator[Each]:
+    """Who computes: this process, or so many Ray actors, started when there is first something to do. Models stay
+    loaded until the end."""
+    if count == 1:
+        yield _Here(log)
+        return
+    with ExitStack() as stack:
+        actors: list[Each] = []
+
+        def each(evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+            if not calls:
+                return
+            if not actors:
+                from ray_unlearn.cluster import cluster
+                from ray_unlearn.job import ResourcesPart
+
+                resources = ResourcesPart(workers=count, gpus_per_worker=gpus_each, dashboard=False)
+                started_here = stack.enter_context(cluster(address, resources))
+                from ray_unlearn.workbench import ScoringActors
+
+                actors.append(ScoringActors(resources, started_here, log))
+            yield from actors[0](evaluation, calls)
+
+        yield each
+
+
+class _Here:
+    """Scorers of this process, each loaded once."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.scorers = log, dict[tuple[str, str | None], Scorer]()
+
+    def __call__(self, evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+        e = evaluation
+        for place, call in enumerate(calls):
+            if e.key not in self.scorers:
+                self.scorers[e.key] = Scorer(e.model, e.adapter, e.dtype, e.data, e.settings, device(), self.log)
+            yield place, call(self.scorers[e.key])
 
 
 def device() -> str:

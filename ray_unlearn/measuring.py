@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +16,23 @@ from ray_unlearn.metrics import METRICS, membership, memorisation
 from ray_unlearn.metrics.intervals import document_id, limits, membership_resamples, ratio_interval
 from ray_unlearn.metrics.privacy import score_differences
 from ray_unlearn.records import Example, Scores
+from ray_unlearn.scoring import BATCHES_IN_UNIT, EvalSet, dealt
 from ray_unlearn.signals import TokenSignals, gradient_norms, token_signals
 
-if TYPE_CHECKING:
-    from ray_unlearn.scoring import EvalSet
-
+DIFFERENCES = "score_differences"
 WRONG_ANSWERS = 3
 """Other rows' answers that a truth ratio compares with, where the data bring no perturbed answers."""
 
 Work = Callable[[Any, Sequence[Any]], list[Any]]
-Spread = Callable[[Work, Any, Sequence[Any]], list[Any]]
-"""(work, model, rows) -> work(model, rows), done here or shared out among workers that hold the model; results in the
-order of the rows. Work can be pickled."""
+Spread = Callable[[Work, Any, Sequence[Sequence[Any]]], list[list[Any]]]
+"""(work, model, shares) -> work(model, share) of each share of the rows, done here or by workers that hold the model.
+Work can be pickled."""
 Measured = dict[str, dict[str, Any]]
 """Part (forget, retain, auc, ...) -> value, and interval where there is one."""
+
+
+def _here(work: Work, model: Any, shares: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    return [work(model, share) for share in shares]
 
 
 def extra_names(names: Sequence[str]) -> list[str]:
@@ -47,28 +50,31 @@ def more_metrics(
     data: EvalSet,
     *,
     texts: Sequence[str] | None = None,
+    scores: Scores | None = None,
     reference: Any = None,
     reference_texts: Sequence[str] | None = None,
-    perturbed: Mapping[str, Sequence[str]] | None = None,
+    reference_scores: Scores | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    spread: Spread = lambda work, model, rows: work(model, rows),
+    spread: Spread = _here,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measured]:
     """Metric -> part -> {value, interval} of the named metrics, as they stand under `metrics` in scores.json.
 
     `texts` are the model's generations for the forget rows, then the retain rows; ROUGE needs them. `reference` is a
     model with the same tokenizer that was trained without the forget set; with it every part also has `reference`,
-    that model's value, and `difference` from it. `perturbed` gives wrong answers by row id; without it they are other
-    rows' answers (see wrong_answers). Models are touched by `spread` alone. Raises InputError, before any work, for an
-    unknown name or a missing input.
+    that model's value, and `difference` from it; score differences need the `scores` of both. Wrong answers are the
+    rows' own perturbed ones, or other rows' answers where none has any (see wrong_answers). Models are touched by
+    `spread` alone. Raises InputError, before any work, for an unknown name or a missing input.
     """
     chosen = extra_names(names)
     _check(chosen, data, texts, reference)
-    wrong = _wrong(chosen, data, perturbed)
+    if DIFFERENCES in chosen and (scores is None or reference_scores is None):
+        raise InputError(f"metric {DIFFERENCES!r} compares the scores of two models, and they were not given.")
+    wrong = _wrong(chosen, data)
     shared = _Shared(tokenizer, data, wrong, "mia_min_k_plus_plus" in chosen, batch_size, seed, spread)
-    subject = _Subject(model, texts, shared)
-    retrained = None if reference is None else _Subject(reference, reference_texts, shared)
+    subject = _Subject(model, texts, scores, shared)
+    retrained = None if reference is None else _Subject(reference, reference_texts, reference_scores, shared)
     found = {}
     for name in chosen:
         log(f"measuring {name}")
@@ -96,21 +102,21 @@ def _check(names: Sequence[str], data: EvalSet, texts: Sequence[str] | None, ref
         raise InputError(f"there must be one generation for each row, got {len(texts)} for {rows} rows.")
 
 
-def _wrong(
-    names: Sequence[str], data: EvalSet, perturbed: Mapping[str, Sequence[str]] | None
-) -> dict[str, list[list[str]]]:
+def _wrong(names: Sequence[str], data: EvalSet) -> dict[str, list[list[str]]]:
     """Split -> wrong answers of each row, where a metric asks for them."""
     if not {"truth_ratio", "forget_quality"} & set(names):
         return {}
     splits = {"forget": data.forget} | ({"retain": data.retain} if "truth_ratio" in names else {})
-    if perturbed is None:
-        return {split: wrong_answers(rows) for split, rows in splits.items()}
-    for row in (row for rows in splits.values() for row in rows):
-        if not perturbed.get(row.id):
+    found = {}
+    for split, rows in splits.items():
+        bare = [row.id for row in rows if not row.perturbed]
+        if bare and len(bare) < len(rows):
             raise InputError(
-                f"row {row.id!r} has no perturbed answer; give at least one for every row, or none at all."
+                f"{len(bare)} of the {split} set's {len(rows)} rows have no perturbed answer ({bare[0]!r} the first); "
+                "give at least one for every row of a set, or none at all."
             )
-    return {split: [list(perturbed[row.id]) for row in rows] for split, rows in splits.items()}
+        found[split] = wrong_answers(rows) if bare else [list(row.perturbed) for row in rows]
+    return found
 
 
 def wrong_answers(rows: Sequence[Example], count: int = WRONG_ANSWERS) -> list[list[str]]:
@@ -182,14 +188,23 @@ class _Shared:
 class _Subject:
     """A model and the signals that several metrics share, each computed when first asked for."""
 
-    def __init__(self, model: Any, texts: Sequence[str] | None, shared: _Shared) -> None:
-        self.model, self.texts, self.shared = model, texts, shared
+    def __init__(self, model: Any, texts: Sequence[str] | None, scores: Scores | None, shared: _Shared) -> None:
+        self.model, self.texts, self.scores, self.shared = model, texts, scores, shared
 
     def signals(self, rows: Sequence[Encoded], moments: bool = False) -> list[TokenSignals]:
-        """Token signals of rows, wherever the work is done."""
+        """Token signals of rows."""
         shared = self.shared
         work = partial(token_signals, tokenizer=shared.tokenizer, moments=moments, batch_size=shared.batch_size)
-        return shared.spread(work, self.model, rows)
+        return self._spread(work, rows)
+
+    def _spread(self, work: Work, rows: Sequence[Encoded]) -> list[Any]:
+        """The work on all rows, in shares that do not depend on who does them."""
+        shares = dealt([len(row.ids) for row in rows], BATCHES_IN_UNIT * self.shared.batch_size)
+        results = self.shared.spread(work, self.model, [[rows[i] for i in share] for share in shares])
+        found: dict[int, Any] = {}
+        for share, result in zip(shares, results, strict=True):
+            found.update(zip(share, result, strict=True))
+        return [found[index] for index in range(len(rows))]
 
     @cached_property
     def answers(self) -> dict[str, list[TokenSignals]]:
@@ -224,7 +239,7 @@ class _Subject:
     @cached_property
     def gradient_norms(self) -> list[list[float]]:
         """Of members, then non-members."""
-        return self.shared.spread(gradient_norms, self.model, self.shared.documents)
+        return self._spread(gradient_norms, self.shared.documents)
 
 
 def _has_inputs(name: str, subject: _Subject) -> bool:
@@ -242,6 +257,9 @@ def _measure(name: str, subject: _Subject, reference: _Subject | None) -> Measur
         assert reference is not None
         value = METRICS[name].compute(subject.log_ratios["forget"], reference.log_ratios["forget"])
         return {"value": {"value": value}}
+    if name == DIFFERENCES:
+        assert reference is not None
+        return _differences(subject, reference)
     measured = {}
     for split, rows in subject.shared.splits():
         documents = [document_id(row.id) for row in rows]
@@ -319,9 +337,15 @@ def _privleak(subject: _Subject, reference: _Subject) -> dict[str, Any]:
     return {"value": value, "interval": limits(leaks if leaks.size else [value], value)}
 
 
-def differences_from(scores: Scores, reference: Scores) -> dict[str, float]:
-    """Every term and objective of a model less that of a retrained reference, where both were measured."""
-    return score_differences(*({**_objectives(one), **one.terms} for one in (scores, reference)))
+def _differences(subject: _Subject, reference: _Subject) -> Measured:
+    """Every term and objective of both models, where both were measured."""
+    assert subject.scores is not None and reference.scores is not None
+    mine, theirs = ({**_objectives(scores), **scores.terms} for scores in (subject.scores, reference.scores))
+    differences = METRICS[DIFFERENCES].compute(mine, theirs)
+    return {
+        name: {"value": mine[name], "reference": theirs[name], "difference": difference}
+        for name, difference in differences.items()
+    }
 
 
 def _objectives(scores: Scores) -> dict[str, float]:

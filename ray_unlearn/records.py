@@ -28,6 +28,8 @@ class Example:
     kind: str
     alternate: str | None = None
     """Another answer, in data made for methods that prefer it to the one to be forgotten."""
+    perturbed: tuple[str, ...] = ()
+    """Wrong answers, in data made for truth ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)

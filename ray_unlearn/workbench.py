@@ -15,7 +15,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, Scorer
 from ray_unlearn.job import Job, ResourcesPart
 from ray_unlearn.records import Example, Scores
-from ray_unlearn.scoring import EvalSet, EvalSettings, Unit, evaluate_model
+from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,61 +117,72 @@ def _score(
 
 
 class ScoringActor:
-    """A Scorer in a Ray actor, loaded with its first unit: what is wrong with it is then that unit's error."""
+    """Scorers in a Ray actor, each loaded with the first call for it: what is wrong with it is then that call's
+    error."""
 
     def __init__(self) -> None:
-        self.scorer: Scorer | None = None
+        self.scorers: dict[tuple[str, str | None], Scorer] = {}
         self.notes: list[str] = []
 
-    def compute(self, index: int, unit: Unit, inputs: list[Any], threads: int) -> tuple[int, list[Any], list[str]]:
-        """The unit's index and results, and what there was to say. `inputs` are Ray references to the model's and
-        the adapter's ModelSource and to the Evaluation; they come with every call, for an actor that starts again."""
-        if self.scorer is None:
-            import ray
+    def compute(
+        self, place: int, call: Callable[[Scorer], list[Any]], inputs: list[Any], threads: int
+    ) -> tuple[int, list[Any], list[str]]:
+        """The call's place and result, and what there was to say. `inputs` are Ray references to the model's and the
+        adapter's ModelSource and to the Evaluation; they come with every call, for an actor that starts again."""
+        import ray
 
-            model, adapter, work = ray.get(inputs)
+        model, adapter, work = ray.get(inputs)
+        if work.key not in self.scorers:
             adapter_path = adapter.local() if adapter is not None else None
             device = ray_device(threads)
-            self.scorer = Scorer(
+            self.scorers[work.key] = Scorer(
                 model.local(), adapter_path, work.dtype, work.data, work.settings, device, self.notes.append
             )
-        return index, self.scorer.compute(unit), self.notes
+        return place, call(self.scorers[work.key]), self.notes
 
 
-def computed_by_actors(
-    evaluation: Evaluation,
-    units: Sequence[Unit],
-    missing: Sequence[int],
-    resources: ResourcesPart,
-    shared: bool,
-    log: Callable[[str], None],
-) -> Iterator[tuple[int, list[Any]]]:
-    """(index, results) of the missing units as actors finish them; an actor that is free takes the next one.
+class ScoringActors:
+    """Ray actors that make calls of an Evaluation's Scorer; one that is free takes the next call."""
 
-    Raises the InputError that an actor raised.
-    """
-    import ray
-    from ray.util import ActorPool
+    def __init__(self, resources: ResourcesPart, shared: bool, log: Callable[[str], None]) -> None:
+        import ray
 
-    actor = ray.remote(ScoringActor).options(
-        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
-    )
-    sources = [ModelSource.of(path, shared) if path else None for path in (evaluation.model, evaluation.adapter)]
-    inputs = [ray.put(value) for value in (*sources, evaluation)]
-    threads = max(1, int(resources.cpus_per_worker))
-    pool = ActorPool([actor.remote() for _ in range(resources.workers)])
-    said: set[str] = set()
-    try:
-        for index, found, notes in pool.map_unordered(
-            lambda a, index: a.compute.remote(index, units[index], inputs, threads), missing
-        ):
-            for note in notes:
-                if note not in said:
-                    log(note)
-            said.update(notes)
-            yield index, found
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, InputError) else error) from None
+        self.resources, self.shared, self.log = resources, shared, log
+        self.remote = ray.remote(ScoringActor).options(
+            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
+        )
+        self.actors: list[Any] = []
+        self.inputs: dict[tuple[str, str | None], list[Any]] = {}
+        self.said: set[str] = set()
+
+    def __call__(self, evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+        """(place, result) of each call as they are done. Raises the InputError that an actor raised."""
+        import ray
+        from ray.util import ActorPool
+
+        for _ in range(len(self.actors), min(self.resources.workers, len(calls))):
+            self.actors.append(self.remote.remote())
+        self.log(f"{len(self.actors)} workers")
+        inputs, threads = self._inputs(evaluation), max(1, int(self.resources.cpus_per_worker))
+        try:
+            for place, found, notes in ActorPool(self.actors).map_unordered(
+                lambda actor, place: actor.compute.remote(place, calls[place], inputs, threads), range(len(calls))
+            ):
+                for note in notes:
+                    if note not in self.said:
+                        self.log(note)
+                self.said.update(notes)
+                yield place, found
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, InputError) else error) from None
+
+    def _inputs(self, evaluation: Evaluation) -> list[Any]:
+        import ray
+
+        if evaluation.key not in self.inputs:
+            sources = [ModelSource.of(path, self.shared) if path else None for path in evaluation.key]
+            self.inputs[evaluation.key] = [ray.put(value) for value in (*sources, evaluation)]
+        return self.inputs[evaluation.key]
 
 
 def ray_device(threads: int) -> str:

@@ -121,6 +121,10 @@ BAD_ROWS = [
     (row("b1xx1"), "id 'b1xx1' does not end in sc or qa"),
     (row("b1sc"), "id 'b1sc' does not end in sc or qa"),
     (row("b1sc1", kind="other"), "kind must be sc or qa, got 'other'"),
+    (row("b1sc1", alternate=row()["output"]), "alternate is the output itself"),
+    (row("b1sc1", perturbed="one"), "perturbed must be a list of texts, got 'one'"),
+    (row("b1sc1", perturbed=["one", ""]), "field 'perturbed' is empty"),
+    (row("b1sc1", perturbed=["one", row()["output"]]), "perturbed holds the output itself"),
     (json.dumps(row("b1sc1", output="half \ud800")), "field 'output' holds half of a surrogate pair"),
     ("[" * 100_000, "broken JSON"),
     (row("a1sc1"), "id 'a1sc1' is already used in row 1"),
@@ -143,6 +147,12 @@ def test_a_bad_parquet_row_is_refused_with_its_row(tmp_path):
     with pytest.raises(InputError, match=r"forget\.parquet:3: field 'output' must be text, got None"):
         load_examples(path, "forget")
     assert load_examples(path, "forget", skip_bad=True).dropped == 1
+
+
+def test_wrong_answers_are_read_from_either_kind_of_file(tmp_path):
+    rows = [row("a1sc1", perturbed=["one", "two"]), row("b1sc1", perturbed=[]), row("c1sc1")]
+    for path in (write(tmp_path / "f.jsonl", rows), write_parquet(tmp_path / "f.parquet", rows)):
+        assert [example.perturbed for example in load_examples(path, "f").examples] == [("one", "two"), (), ()]
 
 
 def test_blank_lines_count_in_row_numbers(tmp_path):

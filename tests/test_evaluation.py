@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,6 +13,8 @@ from ray_unlearn import api, benchmark, evaluation, score_cache
 from ray_unlearn.errors import InputError
 from ray_unlearn.models import save_model
 from ray_unlearn.scoring import EvalSettings, Unit, plan
+
+METRICS = ["answer_probability", "rouge_l_f1", "mia_reference", "mia_gradient_norm", "score_differences"]
 
 
 @pytest.fixture(scope="module")
@@ -122,28 +126,37 @@ def test_a_model_that_is_not_here_is_not_cached(tmp_path):
     work = evaluation.Evaluation(
         model="owner/name", adapter=None, dtype="float32", data=api.EvalSet(), settings=EvalSettings()
     )
-    work.measure(1, 0, None, tmp_path, lines.append)
+    with evaluation.workers(2, 0, None, lines.append) as each:  # nothing to do: no actor is started
+        work.measure(each, tmp_path, lines.append)
     assert "owner/name is no local model: its scores are not cached" in lines and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_parts_from_actors_are_the_same_in_whatever_order_they_come(place, monkeypatch, order):
-    expected = api.evaluate(**options(place))
+    expected = api.evaluate(**options(place), metrics=METRICS, reference=str(place / "model"))
+    found = expected.metrics["score_differences"]
+    assert found["final"]["value"] == expected.final and {part["difference"] for part in found.values()} == {0.0}
+    assert expected.metrics["rouge_l_f1"]["forget"]["difference"] == 0.0
 
-    def on_actors(self, units, missing, workers, gpus, address, log):
-        assert workers == 3
-        scorers = [evaluation.Scorer(self.model, None, "float32", self.data, self.settings, "cpu") for _ in range(3)]
-        for index in missing[::order]:
-            yield index, scorers[index % 3].compute(units[index])
+    def each(work, calls):
+        scorers = [evaluation.Scorer(work.model, None, "float32", work.data, work.settings, "cpu") for _ in range(3)]
+        for index in range(len(calls))[::order]:
+            yield index, pickle.loads(pickle.dumps(calls[index]))(scorers[index % 3])
 
-    monkeypatch.setattr(evaluation.Evaluation, "_on_actors", on_actors)
-    assert api.evaluate(**options(place), workers=3) == expected
+    @contextmanager
+    def three(count, gpus_each, address, log):
+        assert count == 3
+        yield each
+
+    monkeypatch.setattr(api, "workers_of", three)
+    assert api.evaluate(**options(place), workers=3, metrics=METRICS, reference=str(place / "model")) == expected
 
 
 @pytest.mark.ray
 def test_ray_actors_give_what_one_process_gives(place, tmp_path):
-    expected = api.evaluate(**options(place))
-    assert api.evaluate(**options(place), workers=2, cache=tmp_path) == expected
+    more = {"metrics": METRICS, "reference": str(place / "model")}
+    expected = api.evaluate(**options(place), **more)
+    assert api.evaluate(**options(place), workers=2, cache=tmp_path, **more) == expected
     with pytest.raises(InputError, match="its prompt has"):
         api.evaluate(**options(place, forget=str(too_long(place, tmp_path))), workers=2)
 

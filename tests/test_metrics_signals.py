@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+from dataclasses import replace
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from ray_unlearn import signals
 from ray_unlearn.benchmark import members as of_members
 from ray_unlearn.data import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.measuring import differences_from, extra_names, more_metrics, wrong_answers
+from ray_unlearn.measuring import extra_names, more_metrics, wrong_answers
 from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
@@ -210,9 +211,14 @@ def test_truth_ratio_and_forget_quality_use_given_or_other_rows_answers_and_keep
     names = ["truth_ratio", "forget_quality"]
 
     def measure(perturbed):
-        return more_metrics(names, tiny.model, tiny.tokenizer, small, reference=other, perturbed=perturbed)
+        told = {
+            split: [replace(row, perturbed=tuple(perturbed.get(row.id, ()))) for row in getattr(small, split)]
+            for split in ("forget", "retain")
+        }
+        data = SimpleNamespace(**{**vars(small), **told})
+        return more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other)
 
-    first, with_given, again = measure(None), measure(given), measure(None)
+    first, with_given, again = measure({}), measure(given), measure({})
     assert first == again != with_given  # results of one setting never stand for another's
     for found, wrong in ((first, wrong_answers(small.forget)), (with_given, [given[e.id] for e in small.forget])):
         ratios, theirs = (
@@ -226,7 +232,9 @@ def test_truth_ratio_and_forget_quality_use_given_or_other_rows_answers_and_keep
     expected = fmean(max(0.0, 1 - ratio) for ratio in kept)
     assert with_given["truth_ratio"]["retain"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     del given[small.retain[0].id]
-    with pytest.raises(InputError, match=f"row '{small.retain[0].id}' has no perturbed answer"):
+    with pytest.raises(
+        InputError, match=f"1 of the retain set's 4 rows have no perturbed answer .'{small.retain[0].id}'"
+    ):
         measure(given)
 
 
@@ -287,21 +295,30 @@ def test_a_uniform_model_scores_what_the_table_says_of_a_collapsed_one(tiny, dat
     assert not uniform or found["mia_loss"]["auc"]["value"] == found["mia_min_k"]["auc"]["value"] == 0.5
 
 
-def test_differences_from_a_reference_are_of_what_both_measured():
+def test_differences_from_a_reference_are_of_what_both_measured(data):
     mine = Scores(terms={"forget/T/knowledge": 0.25}, raw={}, counts={}, task_aggregate=0.5, mia_score=0.75)
     theirs = Scores(terms={"forget/T/knowledge": 0.75}, raw={}, counts={}, task_aggregate=0.75, utility=0.5)
-    assert differences_from(mine, theirs) == {"task_aggregate": -0.25, "forget/T/knowledge": -0.5}
-    assert set(differences_from(theirs, theirs).values()) == {0.0}
+
+    def differences(one, other):
+        found = more_metrics(
+            ["score_differences"], None, None, data, scores=one, reference=object(), reference_scores=other
+        )["score_differences"]
+        assert all(part["value"] - part["reference"] == part["difference"] for part in found.values())
+        return {name: part["difference"] for name, part in found.items()}
+
+    assert differences(mine, theirs) == {"task_aggregate": -0.25, "forget/T/knowledge": -0.5}
+    assert set(differences(theirs, theirs).values()) == {0.0}
+    with pytest.raises(InputError, match="compares the scores of two models, and they were not given"):
+        more_metrics(["score_differences"], None, None, data, scores=mine, reference=object())
 
 
 def test_work_may_be_spread_over_workers(tiny, data, other):
     """Workers that hold a model each and are sent the work by value."""
     held = {"mine": tiny.model, "theirs": other}
 
-    def two_workers(work, name, rows):
+    def two_workers(work, name, shares):
         sent = pickle.dumps(work)
-        parts = [pickle.loads(sent)(held[name], rows[rank::2]) for rank in range(2)]
-        return [parts[i % 2][i // 2] for i in range(len(rows))]
+        return [pickle.loads(sent)(held[name], share) for share in shares]
 
     names = ["answer_probability", "truth_ratio", "mia_min_k_plus_plus", "mia_gradient_norm"]
     alone = more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other)
@@ -360,8 +377,14 @@ class OneToken(torch.nn.Module):
         self.logits = torch.nn.Parameter(torch.full((size,), -60.0))
         self.logits.data[token] = 0.0
 
+    def get_input_embeddings(self):
+        return SimpleNamespace(weight=self.logits)
+
+    def get_output_embeddings(self):
+        return None
+
     def forward(self, input_ids, **_):
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=None)
 
 
 def test_a_model_of_one_token_for_ever_is_found_out_on_retain_whatever_it_scores_on_forget(tiny, data):

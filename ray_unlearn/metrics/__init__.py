@@ -33,7 +33,7 @@ from ray_unlearn.metrics.memorisation import (
     log_truth_ratio,
     perplexity,
 )
-from ray_unlearn.metrics.privacy import forget_quality, privleak
+from ray_unlearn.metrics.privacy import forget_quality, privleak, score_differences
 
 __all__ = [
     "METRICS",
@@ -182,6 +182,16 @@ METRICS: dict[str, Metric] = {
         best={"value": 1.0},
         collapsed="near 0: its ratios all lie at 1",
         source="TOFU, Maini et al. 2024, sec. 2.2",
+        needs_reference=True,
+    ),
+    "score_differences": Metric(
+        compute=score_differences,
+        family="privacy",
+        formula="every term and objective, less the reference's",
+        range=(-1, 1),
+        best={"difference": 0.0},
+        collapsed="task_aggregate near -1; its forget terms stay near 0 or above, its retain terms fall far below",
+        source="this project; retraining as the standard: Maini et al. 2024",
         needs_reference=True,
     ),
 }
