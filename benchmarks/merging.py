@@ -111,14 +111,12 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
     if out:
         save_file(merged, out)
         return {}
-    grid = [merge(round(0.25 + 0.05 * (step % 10), 2)) for step in range(repeats)]  # as the search draws densities
-    fresh = [merge(0.27 + 0.05 * (step % 10)) for step in range(repeats)]
+    other = [merge(round(0.25 + 0.05 * (step % 10), 2)) for step in range(repeats)]
     same = [merge(DENSITY, 0.9 + 0.01 * step) for step in range(repeats)]
     parameters, touched = dict(loaded.named_parameters()), merger.combiner.touched(recipe_of(DENSITY))
     return {
         "first": first,
-        "grid_density": statistics.median(grid),
-        "other_density": statistics.median(fresh),
+        "other_density": statistics.median(other),
         "known_density": statistics.median(same),
         "restore": seconds(merger.restore),
         "model_bytes": 4.0 * sum(parameter.numel() for parameter in loaded.parameters()),
@@ -169,18 +167,47 @@ def by_mergekit(model: str, members: list[Path], folder: Path) -> dict[str, floa
     return {"command": took, "start": start, "load": alone(load_written, str(folder / "out"))}
 
 
-def compare(ours: Path, theirs: Path) -> str:
-    """How far two results are apart. Of equal magnitudes at a threshold mergekit keeps others: its sort is unstable."""
+def compare(model: str, members: list[Path], ours: Path, theirs: Path) -> str:
+    """How far two results are apart, and how many of the weights that differ lie where a density cuts a member.
+
+    There two tools may differ: the members' deltas are whole steps of the base's rounding, so that many magnitudes
+    equal the threshold, and mergekit's sort of them is not stable.
+    """
     mine, other = load_file(ours), {}
     for path in sorted(theirs.glob("*.safetensors")):
         other |= load_file(path)
-    apart = entries = 0
-    largest = 0.0
+    apart, entries, largest = {}, 0, 0.0
     for name, tensor in mine.items():
         difference = (tensor - other[name]).abs()
-        apart, entries = apart + int((difference > 1e-6).sum()), entries + tensor.numel()
-        largest = max(largest, float(difference.max()))
-    return f"{apart} of {entries} weights differ by more than 1e-6 (largest difference {largest:.2e})"
+        entries, largest = entries + tensor.numel(), max(largest, float(difference.max()))
+        if bool((difference > 1e-6).any()):
+            apart[name] = difference > 1e-6
+    count = sum(int(places.sum()) for places in apart.values())
+    return (
+        f"{count} of {entries} weights differ by more than 1e-6 (largest difference {largest:.2e}); "
+        f"{at_thresholds(model, members, apart)} of them are at a member's threshold"
+    )
+
+
+def at_thresholds(model: str, members: list[Path], places: dict[str, torch.Tensor]) -> int:
+    """How many of those weights have, in some member, a magnitude within one rounding step of its threshold."""
+    from ray_unlearn.merging.members import Member, read_snapshot
+    from ray_unlearn.merging.sparsify import count_magnitudes, find_cut, keep_count
+    from ray_unlearn.models import load_model
+
+    loaded = load_model(model).requires_grad_(False)
+    taken = [Member.of(read_snapshot(place), loaded, place.name) for place in members]
+    found = 0
+    for name, chosen in places.items():
+        base = loaded.get_parameter(name).float()
+        near = torch.zeros_like(chosen)
+        for member in taken:
+            delta = member.delta(name, base)
+            threshold = find_cut(delta, keep_count(delta.numel(), DENSITY), count_magnitudes(delta)).threshold
+            step = torch.finfo(torch.float32).eps * (base + delta).abs()
+            near |= (delta.abs() - threshold).abs() <= step
+        found += int((near & chosen).sum())
+    return found
 
 
 def main() -> None:
@@ -197,10 +224,7 @@ def main() -> None:
         r = alone(resident, model, members, a.repeats, "")
         print(f"{a.members} members of rank {a.rank} into {Path(model).name}, {torch.get_num_threads()} threads")
         print(f"resident: first candidate {r['first']:.2f} s, then {a.repeats} of each kind, median:")
-        print(
-            f"          another density of the grid {r['grid_density']:.2f} s, the first's {r['known_density']:.2f} s,"
-        )
-        print(f"          one off the grid {r['other_density']:.2f} s (its cuts are found then)")
+        print(f"          a density that is new {r['other_density']:.2f} s, a known one {r['known_density']:.2f} s")
         print(f"          the base restored in {r['restore']:.2f} s")
         print(f"          private memory {r['peak_bytes'] / MIB:.0f} MiB over that of the libraries at the peak,")
         print(f"          untouched weights mapped {r['mapped_bytes'] / MIB:.0f}, model {r['model_bytes'] / MIB:.0f},")
@@ -212,13 +236,13 @@ def main() -> None:
         k = by_mergekit(model, members, folder)
         total = k["command"] + k["load"]
         print(f"mergekit: mergekit-yaml {k['command']:.2f} s (start-up {k['start']:.2f}), loading {k['load']:.2f} s")
-        for name in ("first", "grid_density", "known_density", "other_density"):
+        for name in ("first", "other_density", "known_density"):
             whole, bare = total / r[name], (total - k["start"]) / r[name]
             print(
                 f"ratio     {name.replace('_', ' '):14} 1/{whole:.0f}, without start-up 1/{bare:.0f}   (target: 1/20)"
             )
         alone(resident, model, members, 0, str(folder / "ours.safetensors"))
-        print(f"results   {compare(folder / 'ours.safetensors', folder / 'out')}")
+        print(f"results   {compare(model, members, folder / 'ours.safetensors', folder / 'out')}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -179,17 +180,20 @@ def test_a_random_mask_follows_the_members_content_not_its_name_or_place(bench, 
         assert all(other[name].equal(results[0][name]) for name in other)
 
 
-def test_cuts_of_the_searchs_densities_are_found_once_for_each_member_and_tensor(bench, members, monkeypatch):
+def test_magnitudes_are_counted_once_for_each_member_and_tensor_and_cuts_once_for_each_density(
+    bench, members, monkeypatch
+):
     from ray_unlearn.merging import combine
 
-    calls = []
-    monkeypatch.setattr(combine, "find_cuts", lambda *a, found=combine.find_cuts: calls.append(1) or found(*a))
+    calls = Counter()
+    for name in ("count_magnitudes", "find_cut"):
+        original = getattr(combine, name)
+        monkeypatch.setattr(combine, name, lambda *a, n=name, f=original: calls.update([n]) or f(*a))
     merger = Merger(bench, members)
-    for weights, densities in (([1.0, 1.0], [0.5, 0.8]), ([1.0, 2.0], [0.8, 0.2]), ([3.0, 1.0], [0.35, 0.95])):
+    for weights, densities in (([1.0, 1.0], [0.5, 0.8]), ([1.0, 2.0], [0.5, 0.8]), ([3.0, 1.0], [0.8, 0.5])):
         merger.merge(MergeRecipe(members=["lora-a", "full"], weights=weights, densities=densities))
-    tensors = sum(len(merger.combiner.members[name].tensors) for name in ("lora-a", "full"))
-    untouched = 2 * len(merger.combiner.touched(RECIPES[0])) - tensors
-    assert len(calls) <= tensors + untouched
+    seen = 2 * len(merger.combiner.touched(RECIPES[0]))
+    assert calls == {"count_magnitudes": seen, "find_cut": 2 * seen}
     merger.restore()
 
 

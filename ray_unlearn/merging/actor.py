@@ -50,6 +50,8 @@ class Merger:
         stored = None if self._stored is None else self._stored.get(name)
         if stored is None or stored.shape != parameter.shape or not stored.to(parameter).equal(parameter):
             self._copies[name] = parameter.clone()
+        # Loaded weights may be a private mapping of the file, whose pages are copied one fault at a time when written.
+        self._parameters[name].data = parameter.clone()
 
     def _base(self, name: str) -> Tensor:
         if name in self._copies:

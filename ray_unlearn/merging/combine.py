@@ -8,6 +8,7 @@ import json
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
@@ -15,26 +16,43 @@ from ray_unlearn.merging.factors import SHARED_START, Factors, shared_start, tie
 from ray_unlearn.merging.members import Member, Source
 from ray_unlearn.merging.methods import MERGES, Settings
 from ray_unlearn.merging.recipe import LAYER, MergeRecipe, depth_of
-from ray_unlearn.merging.sparsify import Cut, apply_cut, find_cuts, keep_count, rescaled
+from ray_unlearn.merging.sparsify import (
+    BINS,
+    Cut,
+    Magnitudes,
+    apply_cut,
+    count_magnitudes,
+    find_cut,
+    keep_count,
+    rescaled,
+)
 
-DENSITY_GRID = tuple(round(0.05 * step, 2) for step in range(4, 20))
-"""Densities that the search draws, below 1."""
+HISTOGRAMS_IN_BLOCK = 128
 
 
 class Combiner:
-    """Merges members tensor by tensor. A member's cuts are found once for each tensor and density."""
+    """Merges members tensor by tensor.
+
+    Where a density cuts a tensor does not depend on the other members: each tensor's magnitudes are counted once, and
+    a cut is found once for each density.
+    """
 
     def __init__(self, base: Any) -> None:
         self.base = base
         self.members: dict[str, Member] = {}
         layers = [int(found[1]) for name, _ in base.named_parameters() if (found := LAYER.search(name))]
         self.layers = max(layers, default=0) + 1
+        self._blocks: list[Tensor] = []
+        self._used = 0
+        self._magnitudes: dict[tuple[str, str], Magnitudes] = {}
         self._cuts: dict[tuple[str, str, int], Cut] = {}
         self._checked: set[str] = set()
 
     def add(self, name: str, source: Source) -> Member:
         """Takes a member; raises InputError for one of another base."""
         if name in self.members:  # another member under an old name
+            self._magnitudes.clear()
+            self._blocks.clear()
             self._cuts.clear()
         self.members[name] = Member.of(source, self.base, name)
         return self.members[name]
@@ -105,18 +123,27 @@ class Combiner:
         return method.sparsify(on_host, density, settings, generator).to(delta.device)
 
     def _trimmed(self, key: str, name: str, delta: Tensor, density: float) -> Tensor:
-        """`sparsify.trim`, with what depends on this member, tensor and density alone found once: at the first need
-        for all densities of the search's grid."""
+        """`sparsify.trim`, with what depends on this member, tensor and density alone found once."""
         count = delta.numel()
         keep = keep_count(count, density)
         if keep >= count:
             return delta
         if (key, name, keep) not in self._cuts:
-            grid = {keep, *(max(1, int(share * count)) for share in DENSITY_GRID)}
-            keeps = sorted(kept for kept in grid if kept < count and (key, name, kept) not in self._cuts)
-            for kept, cut in zip(keeps, find_cuts(delta, keeps), strict=True):
-                self._cuts[key, name, kept] = cut
+            if (key, name) not in self._magnitudes:
+                self._magnitudes[key, name] = self._kept(count_magnitudes(delta))
+            self._cuts[key, name, keep] = find_cut(delta, keep, self._magnitudes[key, name])
         return apply_cut(delta, self._cuts[key, name, keep])
+
+    def _kept(self, found: Magnitudes) -> Magnitudes:
+        """A histogram among others in one large block: many small ones between a merge's large tensors would leave
+        the allocator with holes that nothing fits into."""
+        size = len(found.above)
+        if not self._blocks or self._used + size > len(self._blocks[-1]):
+            self._blocks.append(torch.empty(HISTOGRAMS_IN_BLOCK * BINS, dtype=torch.int64))
+            self._used = 0
+        place = self._blocks[-1][self._used : self._used + size].copy_(found.above)
+        self._used += size
+        return Magnitudes(found.first, place)
 
     @staticmethod
     def _key(recipe: MergeRecipe, member: str) -> str:

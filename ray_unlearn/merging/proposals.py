@@ -17,7 +17,7 @@ from ray_unlearn.records import Scores
 FIRST_DENSITY = 0.8
 """ZJUKLAB's (arXiv 2503.21088)."""
 DENSITY_STEP = 0.05
-"""Densities come from a grid (combine.DENSITY_GRID), for which a member's cuts are found in one go."""
+"""Densities come from a grid, so that a member is often wanted again at a density whose cuts are known."""
 WEIGHTS = (0.1, 10.0)
 """Of another member over the first's."""
 SEGMENT_STEPS, SEGMENT_TOLERANCE = 5, 0.01

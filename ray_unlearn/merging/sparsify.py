@@ -6,7 +6,7 @@ Each returns a new tensor of the delta's shape. At a density of 1 the delta come
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,64 +31,89 @@ def keep_count(count: int, density: float) -> int:
 # -- by magnitude ----------------------------------------------------------------------------------
 
 
+BIN_BITS = 16
+"""Lower bits of a float32 pattern that a bin leaves out: 128 bins to an octave, each under 1 % wide."""
 BINS = 2048
-"""Of a histogram of magnitudes: 16 octaves under the largest one, 128 bins each, under 1 % wide."""
+"""Bins that are kept, 16 octaves under the largest magnitude; what is smaller shares one."""
+
+
+CHUNK = 2**17
+"""Entries looked at in one go on a CPU: what they need then stays in the cache, and in memory that is already there."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a density means for one tensor: entries under the threshold go, and `dropped` of those that equal it."""
+    """What a density means for one tensor: entries under the threshold go, and those that equal it after `last`."""
 
     threshold: float
-    dropped: Tensor | None = None
-    """Flat indices. Of equal magnitudes the first stay."""
+    last: int | None = None
+    """Flat index: of equal magnitudes the first stay. None where all that equal the threshold do."""
 
 
-def _pattern(delta: Tensor) -> Tensor:
-    return delta.detach().abs().flatten().view(torch.int32)
+@dataclass(frozen=True)
+class Magnitudes:
+    """A histogram of a tensor's magnitudes: `above[i]` entries lie in bin `first + i` or in a higher one."""
+
+    first: int
+    above: Tensor
 
 
-def find_cuts(delta: Tensor, keeps: Sequence[int]) -> list[Cut]:
-    """The cuts that keep the so many largest magnitudes of a float32 tensor, each between 1 and its size.
+def _patterns(delta: Tensor) -> Iterator[Tensor]:
+    """The float32 patterns of the magnitudes, which sort as they do, a chunk at a time."""
+    for chunk in delta.detach().flatten().split(CHUNK if delta.device.type == "cpu" else max(1, delta.numel())):
+        yield chunk.abs().view(torch.int32)
 
-    Selection: a histogram names the bins that hold the thresholds, and only those bins' entries are
-    sorted. Bins are the upper 15 bits of the float32 pattern, which sorts as the magnitudes do; the
-    first bin holds all that are under 2^-16 of the largest.
+
+def count_magnitudes(delta: Tensor) -> Magnitudes:
+    """The histogram of a float32 tensor: three passes, and cuts at any density then cost a few more."""
+    counts = torch.zeros(2 ** (31 - BIN_BITS), dtype=torch.int64, device=delta.device)
+    for pattern in _patterns(delta):
+        some = torch.bincount(pattern >> BIN_BITS)
+        counts[: len(some)] += some
+    size = 1 + int(counts.nonzero()[-1])
+    first = max(0, size - BINS)
+    return Magnitudes(first, counts[:size].flip(0).cumsum(0).flip(0)[first:])
+
+
+def find_cut(delta: Tensor, keep: int, known: Magnitudes) -> Cut:
+    """The cut that keeps the `keep` largest magnitudes, between 1 and the tensor's size.
+
+    By selection: the histogram names the bin that holds the threshold, and only that bin's entries are sorted.
     """
-    pattern = _pattern(delta)
-    bins = pattern >> 16
-    top = int(bins.max())
-    if top == 0:
-        return [Cut(0.0)] * len(keeps)
-    bins.sub_(max(0, top - BINS + 1)).clamp_(min=0)
-    counts = torch.bincount(bins, minlength=BINS)
-    above = counts.flip(0).cumsum(0)  # entries in a bin and in those over it, from the highest bin down
-    places = torch.searchsorted(above, torch.tensor(keeps, device=above.device))
-    numbers = BINS - 1 - places
-    wanted = torch.zeros(BINS, dtype=torch.uint8, device=bins.device)
-    wanted[numbers] = 1
-    inside = pattern[wanted.index_select(0, bins).bool()].sort().values
-    ends = (counts * wanted).cumsum(0)[numbers].tolist()  # where each bin's entries end among them
-    over = (above - counts.flip(0))[places].tolist()
-    return [_cut_at(pattern, inside, end, keep - more) for keep, end, more in zip(keeps, ends, over, strict=True)]
-
-
-def _cut_at(pattern: Tensor, inside: Tensor, end: int, keep: int) -> Cut:
-    """The cut that keeps `keep` of the sorted entries `inside` before `end`, and whatever is in higher bins."""
-    threshold = inside[end - keep]
+    place = int((known.above >= keep).sum()) - 1  # counts fall from bin to bin
+    number, inside = known.first + place, []
+    for pattern in _patterns(delta):
+        bins = pattern >> BIN_BITS
+        inside.append(pattern[bins == number if place >= 0 else bins < known.first])
+    more = int(known.above[place + 1]) if place + 1 < len(known.above) else 0
+    ordered = torch.cat(inside).sort().values
+    at = len(ordered) - (keep - more)
+    threshold = ordered[at]
     value = float(threshold.view(torch.float32))
-    if value == 0 or end == keep or inside[end - keep - 1] != threshold:
+    if value == 0 or at == 0 or ordered[at - 1] != threshold:
         return Cut(value)
-    room = keep - (end - int(torch.searchsorted(inside, threshold, right=True)))
-    return Cut(value, (pattern == threshold).nonzero().flatten()[room:])
+    room = int(torch.searchsorted(ordered, threshold, right=True)) - at
+    return Cut(value, _nth(delta, threshold, room))
+
+
+def _nth(delta: Tensor, threshold: Tensor, count: int) -> int:
+    """Flat index of the `count`-th entry of that magnitude."""
+    start = 0
+    for pattern in _patterns(delta):
+        equal = (pattern == threshold).nonzero()
+        if len(equal) >= count:
+            return start + int(equal[count - 1])
+        start, count = start + len(pattern), count - len(equal)
+    raise AssertionError("the histogram belongs to another tensor")
 
 
 def apply_cut(delta: Tensor, cut: Cut) -> Tensor:
     """The delta with what the cut removes set to zero."""
     below = torch.nextafter(torch.tensor(cut.threshold), torch.tensor(-1.0)).item()
     kept = F.hardshrink(delta, below)  # zeros what is at most `below`
-    if cut.dropped is not None:
-        kept.view(-1)[cut.dropped.to(kept.device)] = 0.0
+    if cut.last is not None:
+        rest = kept.view(-1)[cut.last + 1 :]
+        rest.copy_(F.hardshrink(rest, cut.threshold))
     return kept
 
 
@@ -99,7 +124,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
     sort that is not stable, so which of them stay depends on the processor there.
     """
     keep = keep_count(delta.numel(), density)
-    return delta if keep >= delta.numel() else apply_cut(delta, find_cuts(delta, [keep])[0])
+    return delta if keep >= delta.numel() else apply_cut(delta, find_cut(delta, keep, count_magnitudes(delta)))
 
 
 def breadcrumbs(delta: Tensor, density: float, gamma: float) -> Tensor:
@@ -115,7 +140,8 @@ def breadcrumbs(delta: Tensor, density: float, gamma: float) -> Tensor:
     outliers = min(int(gamma * count), count - keep)
     if not outliers:
         return trim(delta, density)
-    both, largest = find_cuts(delta, [keep + outliers, outliers])
+    known = count_magnitudes(delta)
+    both, largest = (find_cut(delta, count, known) for count in (keep + outliers, outliers))
     return apply_cut(delta, both) - apply_cut(delta, largest)
 
 
