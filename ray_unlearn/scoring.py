@@ -75,7 +75,8 @@ class Shard:
 
 
 ALONE = Shard()
-BATCHES_IN_UNIT = 4
+BATCHES_IN_UNIT = 8
+"""Rows of a unit decode together: the more there are, the less often a single one that rambles on is waited for."""
 Log = Callable[[str], None]
 
 

@@ -327,7 +327,8 @@ def test_joined_shares_are_the_whole_in_order_whatever_the_ranks(total, world):
 
 
 @pytest.mark.parametrize("mode", ["cloze", "letters"])
-def test_three_ranks_score_to_the_bit_what_one_does(tiny, mode):
+def test_three_ranks_score_to_the_bit_what_one_does(tiny, mode, monkeypatch):
+    monkeypatch.setattr(scoring, "BATCHES_IN_UNIT", 4)
     data, settings = eval_set(tiny), EvalSettings(max_new_tokens=4, batch_size=1, mmlu_mode=mode)
     assert len(plan(data, settings)) > 3
     whole = evaluate_model(tiny.model, tiny.tokenizer, data, settings)

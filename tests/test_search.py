@@ -162,6 +162,15 @@ def test_slerp_takes_two_members_whatever_the_trial_says():
     assert {len(space.suggest(study.ask()).members) for _ in range(20)} == {2}
 
 
+def test_sums_may_add_members_whole_where_means_may_not():
+    study, space = random_study(), merge_space(methods=["linear", "task_arithmetic"])
+    largest = {"linear": 0.0, "task_arithmetic": 0.0}
+    for _ in range(100):
+        recipe = space.suggest(study.ask())
+        largest[recipe.method] = max(largest[recipe.method], recipe.lambda_)
+    assert 1.2 < largest["linear"] <= 1.4 < 1.8 < largest["task_arithmetic"] <= 2.0
+
+
 def test_first_merges_are_the_ends_then_the_neighbours_around_one_half():
     points = merge_space().first_points()
     assert [(point["member_0"], point["member_1"]) for point in points] == [(0, 4), (2, 3), (1, 2), (0, 1), (3, 4)]
@@ -172,7 +181,9 @@ def test_first_merges_are_the_ends_then_the_neighbours_around_one_half():
     assert recipe.densities == [0.8, 0.8] and recipe.lambda_ == 1.0
 
 
-@pytest.mark.parametrize("methods", [["ties", "linear", "slerp"], ["della"], ["model_stock", "ties"]])
+@pytest.mark.parametrize(
+    "methods", [["ties", "linear", "slerp"], ["della"], ["model_stock", "ties"], ["task_arithmetic", "ties"]]
+)
 def test_first_points_are_points_of_their_space(methods):
     space = merge_space(methods=methods, layerwise=True, remerged=2)
     study = random_study()

@@ -20,6 +20,8 @@ DENSITY_STEP = 0.05
 """Densities come from a grid, so that a member is often wanted again at a density whose cuts are known."""
 WEIGHTS = (0.1, 10.0)
 """Of another member over the first's."""
+LAMBDAS = {"lambda": (0.6, 1.4), "lambda_of_sum": (0.6, 2.0)}
+"""Of means, and of sums, whose weights add up to one here: at 2 two equal members are added whole."""
 SEGMENT_STEPS, SEGMENT_TOLERANCE = 5, 0.01
 """Bisections at most, and the distance of the MIA's AUC from 0.5 that ends them."""
 GROWTH = 1e-9
@@ -64,7 +66,7 @@ class MergeSpace:
             members=members,
             weights=self._weights(trial, method, count),
             densities=[_density(trial, method)] * count,
-            lambda_=trial.suggest_float("lambda", 0.6, 1.4),
+            lambda_=trial.suggest_float(_lambda(method), *LAMBDAS[_lambda(method)]),
             merges={name: joined[name] for name in members if name in joined},
         )
 
@@ -93,7 +95,8 @@ class MergeSpace:
         return [self._pair(a, b, self.methods[0], FIRST_DENSITY, 1.0) for a, b in dict.fromkeys(pairs)]
 
     def _pair(self, a: int, b: int, method: str, density: float, weight: float) -> dict[str, Any]:
-        point: dict[str, Any] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight, "lambda": 1.0}
+        point: dict[str, Any] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight}
+        point[_lambda(method)] = 1.0
         if method == "della":
             point["della_density"] = min(density, 0.8)
         if len(self.methods) > 1:
@@ -131,6 +134,12 @@ class MergeSpace:
             return None
         share = recipe.weights[1]
         return None if isinstance(share, list) else share / (recipe.weights[0] + share)  # type: ignore[operator]
+
+
+def _lambda(method: str) -> str:
+    """The name under which a method's lambda is drawn."""
+    row = MERGES[method]
+    return "lambda_of_sum" if "normalize" in row.parameters and not row.normalize else "lambda"
 
 
 def _density(trial: Any, method: str) -> float:
