@@ -21,7 +21,7 @@ from ray_unlearn.data import (
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, device
 from ray_unlearn.evaluation import workers as workers_of
-from ray_unlearn.measuring import extra_names
+from ray_unlearn.measuring import DIFFERENCES, check_inputs
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.recipe import Graded
 from ray_unlearn.models import check_model, load_model
@@ -67,7 +67,7 @@ def evaluate(
     """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
 
     `metrics` are further ones by name (METRICS); `reference` is a model trained without the forget set, which some of
-    them need and all are then compared with.
+    them need and all are then compared with; given alone, it is for the score differences.
 
     With one worker it runs in this process, with more on as many Ray actors; the scores are the
     same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
@@ -84,7 +84,6 @@ def evaluate(
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
     if losses is not None and mia_member is None:
         raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
-    extra_names(metrics)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     for file in (out, predictions, losses):
@@ -98,6 +97,7 @@ def evaluate(
         if path is not None:
             check_model(path)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
+    names = check_inputs(metrics or [DIFFERENCES] * (reference is not None), data, reference is not None)
     if official:
         check_terms({f"{e.task}/{e.kind}" for e in data.forget})
         check_shots(data, chosen.mmlu_shots)
@@ -105,8 +105,8 @@ def evaluate(
     with workers_of(workers, gpus_per_worker, address, log) as each:
         measured = job.measure(each, cache, log)
         scores = job.scores(measured)
-        if metrics:
-            scores = dataclasses.replace(scores, metrics=job.more(metrics, measured, reference, each, cache, log))
+        if names:
+            scores = dataclasses.replace(scores, metrics=job.more(names, measured, reference, each, cache, log))
     _write_measured(data, measured, predictions, losses)
     if out is not None:
         write_json(Path(out), scores.to_json())

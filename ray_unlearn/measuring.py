@@ -67,8 +67,8 @@ def more_metrics(
     rows' own perturbed ones, or other rows' answers where none has any (see wrong_answers). Models are touched by
     `spread` alone. Raises InputError, before any work, for an unknown name or a missing input.
     """
-    chosen = extra_names(names)
-    _check(chosen, data, texts, reference)
+    chosen = check_inputs(names, data, reference is not None)
+    _check_texts(chosen, data, texts)
     if DIFFERENCES in chosen and (scores is None or reference_scores is None):
         raise InputError(f"metric {DIFFERENCES!r} compares the scores of two models, and they were not given.")
     wrong = _wrong(chosen, data)
@@ -84,18 +84,26 @@ def more_metrics(
     return found
 
 
-def _check(names: Sequence[str], data: EvalSet, texts: Sequence[str] | None, reference: Any) -> None:
-    """Refuses names whose inputs are not there, saying which."""
-    for name in names:
+def check_inputs(names: Sequence[str], data: EvalSet, reference: bool) -> list[str]:
+    """`extra_names`, whose data and reference are there; raises InputError for a name whose inputs are not, saying
+    which."""
+    chosen = extra_names(names)
+    for name in chosen:
         metric = METRICS[name]
-        if metric.needs_reference and reference is None:
+        if metric.needs_reference and not reference:
             raise InputError(f"metric {name!r} compares with a model trained without the forget set; give a reference.")
         if metric.family == "membership" or name == "privleak":
             if not (data.members and data.nonmembers):
                 raise InputError(f"metric {name!r} needs MIA documents; give --mia-member and --mia-nonmember.")
         elif not data.forget:
             raise InputError(f"metric {name!r} needs forget rows, got none.")
-        if metric.family == "generation" and texts is None:
+    return chosen
+
+
+def _check_texts(names: Sequence[str], data: EvalSet, texts: Sequence[str] | None) -> None:
+    """Refuses generations that are not there, or not one for each row."""
+    for name in names:
+        if METRICS[name].family == "generation" and texts is None:
             raise InputError(f"metric {name!r} needs the generations of the rows, and none were made.")
     rows = len(data.forget) + len(data.retain)
     if texts is not None and len(texts) != rows:

@@ -137,6 +137,8 @@ def test_parts_from_actors_are_the_same_in_whatever_order_they_come(place, monke
     found = expected.metrics["score_differences"]
     assert found["final"]["value"] == expected.final and {part["difference"] for part in found.values()} == {0.0}
     assert expected.metrics["rouge_l_f1"]["forget"]["difference"] == 0.0
+    alone = api.evaluate(**options(place), reference=str(place / "model"))
+    assert alone.metrics == {"score_differences": found}
 
     def each(work, calls):
         scorers = [evaluation.Scorer(work.model, None, "float32", work.data, work.settings, "cpu") for _ in range(3)]
@@ -159,6 +161,18 @@ def test_ray_actors_give_what_one_process_gives(place, tmp_path):
     assert api.evaluate(**options(place), workers=2, cache=tmp_path, **more) == expected
     with pytest.raises(InputError, match="its prompt has"):
         api.evaluate(**options(place, forget=str(too_long(place, tmp_path))), workers=2)
+
+
+def test_metrics_without_their_inputs_are_refused_before_any_work(place, monkeypatch):
+    seen = computing(monkeypatch)
+    for given, message in (
+        ({"metrics": ["privleak"]}, "'privleak' compares with a model trained without the forget set"),
+        ({"metrics": ["rouge"]}, "unknown metric 'rouge'"),
+        ({"metrics": ["mia_loss"], "mia_member": None, "mia_nonmember": None}, "'mia_loss' needs MIA documents"),
+    ):
+        with pytest.raises(InputError, match=message):
+            api.evaluate(**options(place, **given))
+    assert not seen
 
 
 def too_long(place, folder):
