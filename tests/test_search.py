@@ -162,6 +162,13 @@ def test_slerp_takes_two_members_whatever_the_trial_says():
     assert {len(space.suggest(study.ask()).members) for _ in range(20)} == {2}
 
 
+def test_no_merge_is_a_member_where_factors_are_merged():
+    study, space = random_study(), merge_space(methods=["ties_factors", "ties"], remerged=2)
+    joined = {"merge-0000": space.suggest(study.ask())}
+    drawn = [space.suggest(study.ask(), joined) for _ in range(60)]
+    assert {recipe.method for recipe in drawn if recipe.merges} == {"ties"}
+
+
 def test_sums_may_add_members_whole_where_means_may_not():
     study, space = random_study(), merge_space(methods=["linear", "task_arithmetic"])
     largest = {"linear": 0.0, "task_arithmetic": 0.0}

@@ -48,9 +48,9 @@ class MergeSpace:
         A member drawn twice gives way to the next one that is free; a place that no merge has taken
         yet stands for a snapshot.
         """
-        joined = dict(merges or {})
-        pool = [*self.snapshots, *joined]
         method = trial.suggest_categorical("method", list(self.methods)) if len(self.methods) > 1 else self.methods[0]
+        joined = {} if MERGES[method].on_factors else dict(merges or {})  # a merge has no factors
+        pool = [*self.snapshots, *joined]
         most = min(self.max_members, len(self.snapshots))
         count = trial.suggest_int("members", 2, most) if most > 2 else most
         count = min(count, MERGES[method].most or count)
