@@ -97,7 +97,9 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
     memory.start()
     loaded = load_model(model).requires_grad_(False)
     files = {place.name: read_snapshot(place) for place in members}
+    began = time.perf_counter()
     merger = Merger(SimpleNamespace(model=loaded), files, model)
+    taken = time.perf_counter() - began
 
     def recipe_of(density: float, lambda_: float = 1.0) -> MergeRecipe:
         weights = WEIGHTS[: len(members)]
@@ -115,6 +117,7 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
     same = [merge(DENSITY, 0.9 + 0.01 * step) for step in range(repeats)]
     parameters, touched = dict(loaded.named_parameters()), merger.combiner.touched(recipe_of(DENSITY))
     return {
+        "taken": taken,
         "first": first,
         "other_density": statistics.median(other),
         "known_density": statistics.median(same),
@@ -223,7 +226,8 @@ def main() -> None:
         members = make_members(model, folder, a.members, a.rank)
         r = alone(resident, model, members, a.repeats, "")
         print(f"{a.members} members of rank {a.rank} into {Path(model).name}, {torch.get_num_threads()} threads")
-        print(f"resident: first candidate {r['first']:.2f} s, then {a.repeats} of each kind, median:")
+        print(f"resident: members taken, once, in {r['taken']:.2f} s (base copied, magnitudes counted)")
+        print(f"          first candidate {r['first']:.2f} s, then {a.repeats} of each kind, median:")
         print(f"          a density that is new {r['other_density']:.2f} s, a known one {r['known_density']:.2f} s")
         print(f"          the base restored in {r['restore']:.2f} s")
         print(f"          private memory {r['peak_bytes'] / MIB:.0f} MiB over that of the libraries at the peak,")

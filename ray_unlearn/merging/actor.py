@@ -38,12 +38,15 @@ class Merger:
             self.add(name, source)
 
     def add(self, name: str, source: Source) -> None:
-        """Takes a member: a snapshot's files, or a directory."""
+        """Takes a member, a snapshot's files or a directory, and counts its magnitudes: what is the same for all
+        candidates is done here."""
         self.restore()
-        for touched in self.combiner.add(name, source).tensors:
+        member = self.combiner.add(name, source)
+        for touched in member.tensors:
             if touched not in self._known:
                 self._known.add(touched)
                 self._keep(touched)
+            self.combiner.count(name, touched, member.delta(touched, self._base(touched).float()))
 
     def _keep(self, name: str) -> None:
         parameter = self._parameters[name].detach()

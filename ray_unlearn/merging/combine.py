@@ -116,23 +116,28 @@ class Combiner:
         if method.sparsify is None:
             return delta
         if recipe.method == "ties":
-            kept = self._trimmed(self._key(recipe, member), name, delta, density)
-            return rescaled(kept, delta) if settings.rescale else kept
+            whole = delta.clone() if settings.rescale else delta
+            kept = self._trim(self._key(recipe, member), name, delta, density)
+            return rescaled(kept, whole) if settings.rescale else kept
         generator = recipe.generator(self.digest(recipe, member), name)
         on_host = delta.cpu() if method.random else delta  # one seed, one mask, whatever the device
         return method.sparsify(on_host, density, settings, generator).to(delta.device)
 
-    def _trimmed(self, key: str, name: str, delta: Tensor, density: float) -> Tensor:
-        """`sparsify.trim`, with what depends on this member, tensor and density alone found once."""
+    def _trim(self, key: str, name: str, delta: Tensor, density: float) -> Tensor:
+        """`sparsify.trim` in place, with what depends on this member, tensor and density alone found once."""
         count = delta.numel()
         keep = keep_count(count, density)
         if keep >= count:
             return delta
         if (key, name, keep) not in self._cuts:
             if (key, name) not in self._magnitudes:
-                self._magnitudes[key, name] = self._kept(count_magnitudes(delta))
+                self.count(key, name, delta)
             self._cuts[key, name, keep] = find_cut(delta, keep, self._magnitudes[key, name])
-        return apply_cut(delta, self._cuts[key, name, keep])
+        return apply_cut(delta, self._cuts[key, name, keep], out=delta)
+
+    def count(self, key: str, name: str, delta: Tensor) -> None:
+        """Counts the magnitudes of a member's delta of one tensor, for all cuts to come."""
+        self._magnitudes[key, name] = self._kept(count_magnitudes(delta))
 
     def _kept(self, found: Magnitudes) -> Magnitudes:
         """A histogram among others in one large block: many small ones between a merge's large tensors would leave

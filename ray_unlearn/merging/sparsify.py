@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_SUM = 1e-7
@@ -107,13 +106,13 @@ def _nth(delta: Tensor, threshold: Tensor, count: int) -> int:
     raise AssertionError("the histogram belongs to another tensor")
 
 
-def apply_cut(delta: Tensor, cut: Cut) -> Tensor:
-    """The delta with what the cut removes set to zero."""
+def apply_cut(delta: Tensor, cut: Cut, out: Tensor | None = None) -> Tensor:
+    """The delta with what the cut removes set to zero; `out` may be the delta itself."""
     below = torch.nextafter(torch.tensor(cut.threshold), torch.tensor(-1.0)).item()
-    kept = F.hardshrink(delta, below)  # zeros what is at most `below`
+    kept: Tensor = torch.hardshrink(delta, below, out=out)  # zeros what is at most `below`
     if cut.last is not None:
         rest = kept.view(-1)[cut.last + 1 :]
-        rest.copy_(F.hardshrink(rest, cut.threshold))
+        torch.hardshrink(rest, cut.threshold, out=rest)
     return kept
 
 
