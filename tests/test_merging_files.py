@@ -189,10 +189,11 @@ def test_magnitudes_are_counted_once_for_each_member_and_tensor_and_cuts_once_fo
     for name in ("count_magnitudes", "find_cut"):
         original = getattr(combine, name)
         monkeypatch.setattr(combine, name, lambda *a, n=name, f=original: calls.update([n]) or f(*a))
-    merger = Merger(bench, members)
+    merger = Merger(bench, {name: members[name] for name in ("lora-a", "full")})
     for weights, densities in (([1.0, 1.0], [0.5, 0.8]), ([1.0, 2.0], [0.5, 0.8]), ([3.0, 1.0], [0.8, 0.5])):
-        merger.merge(MergeRecipe(members=["lora-a", "full"], weights=weights, densities=densities))
-    seen = 2 * len(merger.combiner.touched(RECIPES[0]))
+        recipe = MergeRecipe(members=["lora-a", "full"], weights=weights, densities=densities)
+        merger.merge(recipe)
+    seen = 2 * len(merger.combiner.touched(recipe))
     assert calls == {"count_magnitudes": seen, "find_cut": 2 * seen}
     merger.restore()
 
