@@ -106,7 +106,8 @@ def evaluate(
         measured = job.measure(each, cache, log)
         scores = job.scores(measured)
         if names:
-            scores = dataclasses.replace(scores, metrics=job.more(names, measured, reference, each, cache, log))
+            more = job.more(names, measured.texts, scores, reference, each, cache, log)
+            scores = dataclasses.replace(scores, metrics=more)
     _write_measured(data, measured, predictions, losses)
     if out is not None:
         write_json(Path(out), scores.to_json())

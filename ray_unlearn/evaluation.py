@@ -51,9 +51,16 @@ class Evaluation:
         return Measured.of(units, [results[index] for index in range(len(units))])
 
     def more(
-        self, names: Sequence[str], measured: Measured, reference: str | None, each: Each, cache: Any, log: Log
+        self,
+        names: Sequence[str],
+        texts: Sequence[str],
+        scores: Scores,
+        reference: str | None,
+        each: Each,
+        cache: str | Path | None,
+        log: Log,
     ) -> dict[str, Any]:
-        """Further metrics by name, the work shared out as `measure` shares out its own.
+        """Further metrics by name of a model with these generations and scores, the work shared out as `measure` does.
 
         `reference` is the path of a model trained without the forget set. Where texts or scores are compared it is
         evaluated like this one.
@@ -73,8 +80,8 @@ class Evaluation:
             self,
             load_tokenizer(self.model),
             self.data,
-            texts=measured.texts,
-            scores=self.scores(measured),
+            texts=texts,
+            scores=scores,
             reference=other,
             reference_texts=None if theirs is None else theirs.texts,
             reference_scores=None if theirs is None else self.scores(theirs),

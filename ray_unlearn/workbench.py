@@ -125,20 +125,26 @@ class ScoringActor:
         self.notes: list[str] = []
 
     def compute(
-        self, place: int, call: Callable[[Scorer], list[Any]], inputs: list[Any], threads: int
+        self,
+        place: int,
+        call: Callable[[Scorer], list[Any]],
+        key: tuple[str, str | None],
+        inputs: list[Any],
+        threads: int,
     ) -> tuple[int, list[Any], list[str]]:
         """The call's place and result, and what there was to say. `inputs` are Ray references to the model's and the
-        adapter's ModelSource and to the Evaluation; they come with every call, for an actor that starts again."""
-        import ray
+        adapter's ModelSource and to the Evaluation of this `key`; they come with every call, for an actor that starts
+        again, and are fetched by the first alone."""
+        if key not in self.scorers:
+            import ray
 
-        model, adapter, work = ray.get(inputs)
-        if work.key not in self.scorers:
+            model, adapter, work = ray.get(inputs)
             adapter_path = adapter.local() if adapter is not None else None
             device = ray_device(threads)
-            self.scorers[work.key] = Scorer(
+            self.scorers[key] = Scorer(
                 model.local(), adapter_path, work.dtype, work.data, work.settings, device, self.notes.append
             )
-        return place, call(self.scorers[work.key]), self.notes
+        return place, call(self.scorers[key]), self.notes
 
 
 class ScoringActors:
@@ -160,13 +166,15 @@ class ScoringActors:
         import ray
         from ray.util import ActorPool
 
-        for _ in range(len(self.actors), min(self.resources.workers, len(calls))):
-            self.actors.append(self.remote.remote())
-        self.log(f"{len(self.actors)} workers")
+        wanted = min(self.resources.workers, len(calls))
+        if len(self.actors) < wanted:
+            self.actors += [self.remote.remote() for _ in range(wanted - len(self.actors))]
+            self.log(f"{wanted} workers")
         inputs, threads = self._inputs(evaluation), max(1, int(self.resources.cpus_per_worker))
         try:
             for place, found, notes in ActorPool(self.actors).map_unordered(
-                lambda actor, place: actor.compute.remote(place, calls[place], inputs, threads), range(len(calls))
+                lambda actor, place: actor.compute.remote(place, calls[place], evaluation.key, inputs, threads),
+                range(len(calls)),
             ):
                 for note in notes:
                     if note not in self.said:
