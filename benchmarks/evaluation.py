@@ -20,7 +20,7 @@ from ray_unlearn.api import eval_set
 from ray_unlearn.data import Question
 from ray_unlearn.generation import decode
 from ray_unlearn.mmlu import mmlu_prompt
-from ray_unlearn.models import load_model, load_tokenizer
+from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.records import Example
 from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, compute, plan, score_model
 

@@ -36,7 +36,7 @@ MIB = 2**20
 
 def make_members(model: str, folder: Path, count: int, rank: int) -> list[Path]:
     """Random adapters on every linear layer but the head, of the size that training gives them."""
-    from ray_unlearn.models import empty_model
+    from ray_unlearn.models.loading import empty_model
 
     empty = empty_model(model)
     linear = {name: m for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -89,8 +89,8 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
     """Times and memory of candidate merges into a loaded model; runs in a process of its own."""
     from ray_unlearn.merging import MergeRecipe
     from ray_unlearn.merging.actor import Merger
-    from ray_unlearn.merging.members import read_snapshot
-    from ray_unlearn.models import empty_model, load_model
+    from ray_unlearn.models.loading import empty_model, load_model
+    from ray_unlearn.models.snapshot_files import read_snapshot
 
     empty_model(model)  # imports the architecture: libraries are not what is measured
     memory = Memory()
@@ -132,7 +132,7 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
 
 def load_written(path: str) -> float:
     """Time to load a model directory, libraries already imported; runs in a process of its own."""
-    from ray_unlearn.models import empty_model, load_model
+    from ray_unlearn.models.loading import empty_model, load_model
 
     empty_model(path)  # imports the architecture
     return seconds(lambda: load_model(path))
@@ -194,9 +194,10 @@ def compare(model: str, members: list[Path], ours: Path, theirs: Path) -> str:
 
 def at_thresholds(model: str, members: list[Path], places: dict[str, torch.Tensor]) -> int:
     """How many of those weights have, in some member, a magnitude within one rounding step of its threshold."""
-    from ray_unlearn.merging.members import Member, read_snapshot
+    from ray_unlearn.merging.members import Member
     from ray_unlearn.merging.sparsify import count_magnitudes, find_cut, keep_count
-    from ray_unlearn.models import load_model
+    from ray_unlearn.models.loading import load_model
+    from ray_unlearn.models.snapshot_files import read_snapshot
 
     loaded = load_model(model).requires_grad_(False)
     taken = [Member.of(read_snapshot(place), loaded, place.name) for place in members]

@@ -28,7 +28,7 @@ from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import Encoded
 from ray_unlearn.feed import alike, token_logps
 from ray_unlearn.losses.preference import npo
-from ray_unlearn.models import load_model
+from ray_unlearn.models.loading import load_model
 from ray_unlearn.objective import Objective, Row
 from ray_unlearn.tuning import Tuned
 

@@ -11,32 +11,20 @@ from typing import Any
 
 import yaml
 
-from ray_unlearn.config import TrialConfig, from_dict, to_dict
-from ray_unlearn.data import (
-    check_cells,
-    load_documents,
-    load_mmlu,
-    load_pair,
-)
+from ray_unlearn.config import TrialConfig
+from ray_unlearn.data import check_cells, load_documents, load_mmlu, load_pair
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation import Evaluation, device
 from ray_unlearn.evaluation import workers as workers_of
+from ray_unlearn.files import claim_directory, claim_file, write_json, write_text
 from ray_unlearn.measuring import DIFFERENCES, check_inputs
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.recipe import Graded
-from ray_unlearn.models import check_model, load_model
+from ray_unlearn.models.loading import check_model, load_model
 from ray_unlearn.official import OFFICIAL, check_shots, check_terms
 from ray_unlearn.predictions import check_complete, prediction_rows, read_losses, read_predictions
-from ray_unlearn.records import (
-    Example,
-    Scores,
-    TrialRecord,
-    claim_directory,
-    claim_file,
-    load_records,
-    write_json,
-    write_text,
-)
+from ray_unlearn.records import Example, Scores, TrialRecord, load_records
+from ray_unlearn.schema import from_dict, to_dict
 from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, make_scores
 
 
@@ -256,7 +244,7 @@ def train(
     from ray_unlearn.cluster import cluster
     from ray_unlearn.feed import check_rows
     from ray_unlearn.job import ResourcesPart
-    from ray_unlearn.models import empty_model
+    from ray_unlearn.models.loading import empty_model
     from ray_unlearn.recipes import Geometry
     from ray_unlearn.tuning import check_tuning
 
@@ -346,7 +334,7 @@ def merge_by_recipe(
     `base` and `folder` (what members' names are relative to) are the file's own where None.
     """
     from ray_unlearn.merging.files import MERGE_FILE, MergePlan, merge_file, read_plan
-    from ray_unlearn.models import check_adapter
+    from ray_unlearn.models.loading import check_adapter
 
     given = (
         MergePlan(recipe=recipe, base=None, folder=None) if isinstance(recipe, MergeRecipe) else read_plan(Path(recipe))

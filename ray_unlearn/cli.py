@@ -49,10 +49,10 @@ def _print(value: Any) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
+    from ray_unlearn.files import shipped
     from ray_unlearn.job import load_job
     from ray_unlearn.pipeline import run
     from ray_unlearn.progress import Progress
-    from ray_unlearn.spaces import shipped
 
     path = Path(a.job) if a.job else shipped("jobs") / "quickstart.yaml"
     out = a.out or f"runs/{path.stem}"
@@ -205,8 +205,9 @@ def _report(a: argparse.Namespace) -> int:
 
 
 def _methods(a: argparse.Namespace) -> int:
-    from ray_unlearn.config import TrialConfig, to_dict
+    from ray_unlearn.config import TrialConfig
     from ray_unlearn.losses import METHODS, OPTIONS, parameters_of
+    from ray_unlearn.schema import to_dict
 
     defaults = to_dict(TrialConfig())
     rows = [

@@ -11,16 +11,18 @@ from typing import Any
 
 import ray
 
-from ray_unlearn.config import TrialConfig, from_dict, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.executor import Executor, events
+from ray_unlearn.files import write_json, write_text
 from ray_unlearn.job import Job
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
-from ray_unlearn.merging.members import read_snapshot
-from ray_unlearn.models import empty_model
+from ray_unlearn.models.loading import empty_model
+from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.recipes import Geometry, Recipe, recipe, scaled
-from ray_unlearn.records import Scores, Snapshot, TrialRecord, load_records, write_json, write_text
+from ray_unlearn.records import Scores, Snapshot, TrialRecord, load_records
 from ray_unlearn.rundir import Run
+from ray_unlearn.schema import from_dict, to_dict
 from ray_unlearn.stages import bench_spec, save_merge
 
 COLUMNS = ("task_aggregate", "mia_score", "utility", "final")

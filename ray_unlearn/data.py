@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.files import file_digest
 from ray_unlearn.records import Example
 
 KINDS = ("sc", "qa")
@@ -284,11 +284,6 @@ def limit_documents(examples: Sequence[Example], limits: int | dict[str, int] | 
     if not kept:
         raise InputError(f"limit {limits!r} keeps no rows; tasks in the file: {sorted({e.task for e in examples})}.")
     return kept
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_mmlu(directory: str | Path) -> tuple[dict[str, list[Question]], list[Question]]:

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray_unlearn.files import weights_digest
 from ray_unlearn.generation import check_prompts
 from ray_unlearn.measuring import DIFFERENCES, Work, more_metrics
 from ray_unlearn.metrics import METRICS
-from ray_unlearn.models import load_model, load_tokenizer
+from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.records import Scores
-from ray_unlearn.score_cache import FinishedUnits, evaluation_digest, weights_digest
+from ray_unlearn.score_cache import FinishedUnits, evaluation_digest
 from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, Unit, compute, describe, plan
 
 Log = Callable[[str], None]

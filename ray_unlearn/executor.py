@@ -22,9 +22,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_unlearn.config import TrialConfig, from_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.job import ResourcesPart
 from ray_unlearn.keeper import MAX_ATTEMPTS, MAX_STARTS, Keeper
+from ray_unlearn.schema import from_dict
 from ray_unlearn.workbench import BenchSpec, open_bench
 
 ZERO_3_TRIALS_PER_PROCESS = 8

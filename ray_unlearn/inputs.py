@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_unlearn.config import digest
 from ray_unlearn.data import (
     Question,
     check_cells,
     document_of,
-    file_digest,
     find_file,
     limit_documents,
     load_documents,
@@ -20,8 +18,10 @@ from ray_unlearn.data import (
     load_pair,
 )
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import file_digest
 from ray_unlearn.job import DataPart, Job
 from ray_unlearn.records import Example
+from ray_unlearn.schema import digest
 from ray_unlearn.scoring import EvalSet
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from ray_unlearn.benchmark import EmbeddedSettings
-from ray_unlearn.config import TrialConfig, from_dict, one_of, require, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import OPTIONS
 from ray_unlearn.merging import MERGES
-from ray_unlearn.models import DTYPES
+from ray_unlearn.models.loading import DTYPES
 from ray_unlearn.recipes import recipe, recipes
+from ray_unlearn.schema import from_dict, one_of, require, to_dict
 from ray_unlearn.scoring import EvalSettings
 
 VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")

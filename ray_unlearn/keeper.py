@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.records import Scores, Snapshot, TrialRecord, save_record, versions
+from ray_unlearn.files import versions
+from ray_unlearn.records import Scores, Snapshot, TrialRecord, save_record
 
 MAX_ATTEMPTS = 2
 MAX_STARTS = 3

@@ -13,9 +13,9 @@ from ray_unlearn import metrics
 from ray_unlearn.data import Encoded, encode
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.metrics import METRICS, membership, memorisation
-from ray_unlearn.metrics.intervals import document_id, limits, membership_resamples, ratio_interval
+from ray_unlearn.metrics.intervals import limits, membership_resamples, ratio_interval
 from ray_unlearn.metrics.privacy import score_differences
-from ray_unlearn.records import Example, Scores
+from ray_unlearn.records import Example, Scores, document_id
 from ray_unlearn.scoring import BATCHES_IN_UNIT, EvalSet, dealt
 from ray_unlearn.signals import TokenSignals, gradient_norms, token_signals
 

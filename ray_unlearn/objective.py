@@ -16,7 +16,7 @@ from ray_unlearn.forward import at_least_float32, head_at
 from ray_unlearn.losses import LOSSES, METHODS, losses_of, make_weighting, pools
 from ray_unlearn.losses.representation import adaptive_coefficient, control_vector
 from ray_unlearn.losses.rows import spread
-from ray_unlearn.models import find_layer
+from ray_unlearn.models.loading import find_layer
 from ray_unlearn.tuning import Tuned
 
 SPLITS = ("forget", "alternative", "retain")

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.cluster import cluster
-from ray_unlearn.config import from_dict
 from ray_unlearn.feed import check_rows
 from ray_unlearn.inputs import Inputs, load_inputs
 from ray_unlearn.job import Job, load_job
-from ray_unlearn.models import check_model
+from ray_unlearn.models.loading import check_model
 from ray_unlearn.progress import Progress
 from ray_unlearn.records import Scores
 from ray_unlearn.report import write_report
 from ray_unlearn.rundir import Run, check_storage, check_trials, claim, stage, write_job, write_summary
+from ray_unlearn.schema import from_dict
 from ray_unlearn.spaces import Space, load_space
 from ray_unlearn.target import job_target
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.errors import InputError
-
-VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
+from ray_unlearn.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,57 +131,6 @@ class Candidate:
     snapshot: Snapshot | None = None
 
 
-def claim_file(path: str | Path | None) -> None:
-    """Refuses, before any work, an output file that could not be written."""
-    if path is None:
-        return
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"the output {path} is a directory; give a file's name.")
-    _claim_folder(path.absolute().parent)
-
-
-def claim_directory(path: str | Path, marker: str) -> Path:
-    """An output directory, refused before any work when it could not be written, or holds what is not ours.
-
-    What stands there is replaced, so it must be empty or bear the `marker` file of an earlier output.
-    """
-    path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"the output {path} is a file; give a directory's name.")
-    if path.exists() and any(path.iterdir()) and not (path / marker).exists():
-        raise InputError(
-            f"{path} is not empty and was not written by this command; it is left alone. Give another --out."
-        )
-    _claim_folder(path.parent)
-    return path
-
-
-def _claim_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}. Give another --out.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: a temporary name beside it, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """write_text of readable JSON; NaN is refused, since a missing number is no number."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
 def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
     """Writes records/<id>.json. The file's existence means the trial or merge has ended."""
     data = dataclasses.asdict(record)
@@ -233,21 +176,6 @@ def candidates(trials: list[TrialRecord], merges: list[MergeRecord]) -> list[Can
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a result."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, or None for an installed one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return answer.stdout.strip() or None
+def document_id(row_id: str) -> str:
+    """The document a row belongs to: its id without `sc` or `qa` and the character after; other ids stand alone."""
+    return row_id[:-3] if row_id[:-1].endswith(("sc", "qa")) else row_id

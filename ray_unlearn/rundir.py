@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from ray_unlearn.config import to_dict
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import git_commit, read_json, versions, write_json, write_text
 from ray_unlearn.inputs import Inputs
 from ray_unlearn.job import Job, differences
 from ray_unlearn.progress import Progress
-from ray_unlearn.records import Scores, git_commit, load_records, versions, write_json, write_text
+from ray_unlearn.records import Scores, load_records
+from ray_unlearn.schema import to_dict
 
 DISK_MARGIN = 1.2
 
@@ -99,7 +100,7 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
 def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
     """Refuses trials that name layers which the model does not have, and a run whose missing snapshots and outputs
     may not fit on the disk, with the arithmetic."""
-    from ray_unlearn.models import empty_model
+    from ray_unlearn.models.loading import empty_model
     from ray_unlearn.tuning import check_tuning, snapshot_bytes
 
     trials = max(0, job.trials - len(load_records(out)[0]))
@@ -177,8 +178,3 @@ def write_summary(out: Path) -> dict[str, Any]:
     summary = {key: value for key, value in summary.items() if value is not None}
     write_json(out / "summary.json", summary)
     return summary
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

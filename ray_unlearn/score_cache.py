@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.config import digest
-from ray_unlearn.records import versions, write_json
+from ray_unlearn.files import versions, write_json
+from ray_unlearn.schema import digest
 from ray_unlearn.scoring import EvalSet, EvalSettings, Unit
 
 LIBRARIES = ("ray-unlearn", "torch", "transformers")
-
-
-def weights_digest(path: str) -> str | None:
-    """SHA-256 over the names and bytes of a model's or adapter's files; None for a hub id, which may change."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        return None
-    content = hashlib.sha256()
-    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-        if file.is_file() and file.suffix != ".md":
-            content.update(file.name.encode() + b"\0")
-            with file.open("rb") as stream:
-                content.update(hashlib.file_digest(stream, "sha256").digest())
-    return content.hexdigest()
 
 
 def evaluation_digest(weights: Sequence[str | None], dtype: str, data: EvalSet, settings: EvalSettings) -> str:

@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from ray_unlearn.config import TrialConfig, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.executor import Handle, events
 from ray_unlearn.job import FirstPoint
@@ -25,6 +25,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.proposals import Growth, MergeSpace
 from ray_unlearn.pareto import OBJECTIVES
 from ray_unlearn.records import MergeRecord, Scores, TrialRecord, load_records
+from ray_unlearn.schema import to_dict
 from ray_unlearn.spaces import SAMPLES_CHECKED, Space, trial_config
 
 TRIALS_STUDY, MERGES_STUDY = "trials", "merges"

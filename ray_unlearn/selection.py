@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
+from ray_unlearn.files import versions, write_json, write_text
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import Merger
 from ray_unlearn.merging.files import MERGE_FILE, merge_file
-from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.merging.writer import write_merge
-from ray_unlearn.models import load_model, load_tokenizer, save_model
-from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records, versions, write_json, write_text
+from ray_unlearn.models.loading import load_model, load_tokenizer, save_model
+from ray_unlearn.models.snapshot_files import read_snapshot
+from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records
 from ray_unlearn.report import model_card
 from ray_unlearn.rundir import Run
 from ray_unlearn.workbench import score_models

@@ -7,21 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.config import TrialConfig, from_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.files import shipped
 from ray_unlearn.losses import METHODS, OPTIONS, options_of
+from ray_unlearn.schema import from_dict
 
 Space = Callable[[Any], dict[str, Any]]
 SAMPLES_CHECKED = 32
 COMPOSITE = "composite"
 NEEDS_MORE_DATA = ("alt_po",)
 """Spaces that the composite one leaves out: their rows need a column that most data lack."""
-
-
-def shipped(folder: str) -> Path:
-    """The folder `jobs` or `search_spaces`: inside an installed package, or at the top of a checkout."""
-    inside = Path(__file__).resolve().parent / folder
-    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / folder
 
 
 def known_spaces() -> dict[str, Path]:

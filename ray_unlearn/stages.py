@@ -12,22 +12,14 @@ import ray
 from ray_unlearn import search as searching
 from ray_unlearn import selection
 from ray_unlearn.executor import Executor
+from ray_unlearn.files import read_json, versions, write_json
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.actor import MergeActor
-from ray_unlearn.merging.members import read_snapshot
 from ray_unlearn.merging.proposals import Growth, MergeSpace
+from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
-from ray_unlearn.records import (
-    Candidate,
-    MergeRecord,
-    Scores,
-    candidates,
-    load_records,
-    save_record,
-    versions,
-    write_json,
-)
-from ray_unlearn.rundir import Run, clean_up, read_json
+from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load_records, save_record
+from ray_unlearn.rundir import Run, clean_up
 from ray_unlearn.spaces import Space
 from ray_unlearn.workbench import BenchSpec, ModelSource, score_models
 

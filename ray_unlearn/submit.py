@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from ray_unlearn.config import to_dict
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import Job, load_job
+from ray_unlearn.schema import to_dict
 from ray_unlearn.spaces import find_space
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from ray_unlearn import benchmark
 from ray_unlearn.benchmark import EmbeddedSettings
-from ray_unlearn.config import digest, require
 from ray_unlearn.data import Encoded, by_length, collate, encode, limit_documents, load_pair
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import claim_directory, write_json
 from ray_unlearn.job import Job
-from ray_unlearn.models import check_model, load_model, load_tokenizer, save_model
-from ray_unlearn.records import Example, claim_directory, write_json
+from ray_unlearn.models.loading import check_model, load_model, load_tokenizer, save_model
+from ray_unlearn.records import Example
+from ray_unlearn.schema import digest, require
 
 Log = Callable[[str], None]
 TARGET_FILE = "target.json"

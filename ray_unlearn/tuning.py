@@ -16,8 +16,8 @@ from torch import Tensor
 from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import METHODS
-from ray_unlearn.merging.members import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE
-from ray_unlearn.models import check_layers, find_layer, layer_prefix
+from ray_unlearn.models.loading import check_layers, find_layer, layer_prefix
+from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE
 
 
 class Tuned:

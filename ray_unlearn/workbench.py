@@ -76,7 +76,7 @@ def open_bench(spec: BenchSpec | Any, device: str = "cpu") -> Any:
     """Loads what the spec names; a Bench in this process."""
     import ray
 
-    from ray_unlearn.models import load_model, load_tokenizer
+    from ray_unlearn.models.loading import load_model, load_tokenizer
     from ray_unlearn.trial import Bench
 
     if isinstance(spec, ray.ObjectRef):
@@ -109,7 +109,7 @@ def score_models(job: Job, paths: Sequence[str], eval_set: EvalSet, shared: bool
 def _score(
     source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
 ) -> tuple[Scores, list[str]]:
-    from ray_unlearn.models import load_model, load_tokenizer
+    from ray_unlearn.models.loading import load_model, load_tokenizer
 
     path = source.local()
     model = load_model(path, dtype).to(ray_device(threads))

@@ -12,7 +12,7 @@ import yaml
 from small import small_job
 
 from ray_unlearn import benchmark, cli
-from ray_unlearn.models import save_model
+from ray_unlearn.models.loading import save_model
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +192,11 @@ def test_an_unset_variable_and_an_unwritable_directory_are_refused(tmp_path, cap
 
 
 def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeypatch):
-    from ray_unlearn.config import TrialConfig, from_dict
+    from ray_unlearn.config import TrialConfig
     from ray_unlearn.errors import InputError
     from ray_unlearn.job import Job
     from ray_unlearn.rundir import check_trials
+    from ray_unlearn.schema import from_dict
 
     job = from_dict(Job, small_job(tmp_path))
     configs = [TrialConfig(snapshots=2), TrialConfig(snapshots=5, tuning="full")]

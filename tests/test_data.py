@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ray_unlearn import data
+from ray_unlearn import data, files
 from ray_unlearn.data import (
     Encoded,
     by_length,
@@ -50,7 +50,7 @@ def load_examples(path, stem, skip_bad=False):
     file = data._scan(find_file(path, stem), data.ROW_FIELDS)
     data._refuse(file.problems, [file], skip_bad)
     examples = [data._example(row) for _, row in file.rows]
-    return data.Loaded(examples, len(file.problems), data.file_digest(file.path))
+    return data.Loaded(examples, len(file.problems), files.file_digest(file.path))
 
 
 # -- good files ------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from ray_unlearn import api, benchmark, evaluation, score_cache
+from ray_unlearn import api, benchmark, evaluation, files, score_cache
 from ray_unlearn.errors import InputError
-from ray_unlearn.models import save_model
+from ray_unlearn.models.loading import save_model
 from ray_unlearn.scoring import EvalSettings, Unit, plan
 
 METRICS = ["answer_probability", "rouge_l_f1", "mia_reference", "mia_gradient_norm", "score_differences"]
@@ -121,7 +121,7 @@ def test_other_weights_data_or_settings_are_other_scores(place, tmp_path, monkey
 
 
 def test_a_model_that_is_not_here_is_not_cached(tmp_path):
-    assert score_cache.weights_digest("owner/name") is None
+    assert files.weights_digest("owner/name") is None
     lines = []
     work = evaluation.Evaluation(
         model="owner/name", adapter=None, dtype="float32", data=api.EvalSet(), settings=EvalSettings()

@@ -8,10 +8,11 @@ import pytest
 
 from ray_unlearn import keeper as keeping
 from ray_unlearn.cluster import check_room
-from ray_unlearn.config import TrialConfig, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import ResourcesPart
 from ray_unlearn.records import load_records
+from ray_unlearn.schema import to_dict
 
 CONFIG = to_dict(TrialConfig())
 

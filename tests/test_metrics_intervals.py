@@ -16,7 +16,6 @@ from ray_unlearn.metrics import cell_terms, harmonic_mean, intervals, objective_
 from ray_unlearn.metrics.intervals import (
     RowValue,
     aggregate_resamples,
-    document_id,
     limits,
     mean_of_parts,
     membership_resamples,
@@ -24,6 +23,7 @@ from ray_unlearn.metrics.intervals import (
     ratio_interval,
     resample,
 )
+from ray_unlearn.records import document_id
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def test_an_unknown_recipe_offers_the_nearest():
 @pytest.mark.parametrize("name", [name for name in recipes() if recipe(name).config])
 def test_scaled_recipes_fit_the_smaller_model_and_say_what_changed(name):
     from ray_unlearn.benchmark import EmbeddedSettings, make_model
-    from ray_unlearn.config import TrialConfig, from_dict
+    from ray_unlearn.config import TrialConfig
+    from ray_unlearn.schema import from_dict
 
     config, changed = scaled(recipe(name).config, recipe(name).model, SMALL)
     check_tuning(make_model(EmbeddedSettings(), 300), from_dict(TrialConfig, config, name))

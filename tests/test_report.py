@@ -15,17 +15,9 @@ import pytest
 import yaml
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import write_json
 from ray_unlearn.pareto import front, hypervolume
-from ray_unlearn.records import (
-    Candidate,
-    MergeRecord,
-    Scores,
-    Snapshot,
-    TrialRecord,
-    candidates,
-    save_record,
-    write_json,
-)
+from ray_unlearn.records import Candidate, MergeRecord, Scores, Snapshot, TrialRecord, candidates, save_record
 from ray_unlearn.report import model_card, write_report
 from ray_unlearn.report.run import load_run
 from ray_unlearn.report.table import score_rows

@@ -7,13 +7,14 @@ import pytest
 from optuna.trial import TrialState
 
 from ray_unlearn import search
-from ray_unlearn.config import TrialConfig, from_dict, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.job import FirstPoint, Job
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.proposals import Growth, MergeSpace, bisected
 from ray_unlearn.pareto import hypervolume
 from ray_unlearn.records import MergeRecord, Scores, Snapshot, TrialRecord, save_record
+from ray_unlearn.schema import from_dict, to_dict
 from ray_unlearn.spaces import load_space
 
 

@@ -9,16 +9,16 @@ import pytest
 from small import SETTINGS
 
 from ray_unlearn import benchmark
-from ray_unlearn.config import digest
 from ray_unlearn.data import load_documents, load_mmlu, load_pair
-from ray_unlearn.models import load_model, load_tokenizer
+from ray_unlearn.models.loading import load_model, load_tokenizer
+from ray_unlearn.schema import digest
 from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
 from ray_unlearn.target import build_embedded, build_target_at
 
 
 def test_data_are_the_same_in_another_process_with_another_hash_seed():
     program = (
-        "from ray_unlearn import benchmark; from ray_unlearn.config import digest; import dataclasses;"
+        "from ray_unlearn import benchmark; from ray_unlearn.schema import digest; import dataclasses;"
         "print(digest(dataclasses.asdict(benchmark.make(benchmark.EmbeddedSettings()))))"
     )
     import dataclasses
@@ -83,7 +83,7 @@ def test_a_finished_benchmark_is_not_built_again(built):
 
 
 def test_a_target_from_any_base_learns_the_rows(tmp_path):
-    from ray_unlearn.models import save_model
+    from ray_unlearn.models.loading import save_model
 
     data = benchmark.make(SETTINGS)
     benchmark.write(data, tmp_path)

@@ -11,11 +11,12 @@ import pytest
 from small import SETTINGS
 
 from ray_unlearn import benchmark, cli
-from ray_unlearn.config import TrialConfig, to_dict
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.data import load_documents, load_mmlu, load_pair
 from ray_unlearn.job import ResourcesPart
-from ray_unlearn.models import save_model
+from ray_unlearn.models.loading import save_model
 from ray_unlearn.records import load_records
+from ray_unlearn.schema import to_dict
 from ray_unlearn.scoring import EvalSet, EvalSettings
 
 pytestmark = pytest.mark.ray

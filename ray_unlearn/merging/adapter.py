@@ -18,9 +18,10 @@ from torch import Tensor
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.combine import Combiner
 from ray_unlearn.merging.factors import Factors, concatenated, truncated
-from ray_unlearn.merging.members import ADAPTER_CONFIG, ADAPTER_FILE, Source
+from ray_unlearn.merging.members import Source
 from ray_unlearn.merging.methods import MERGES
 from ray_unlearn.merging.recipe import MergeRecipe, depth_of
+from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def _save(found: Mapping[str, Factors], base_name: str, out: Path) -> None:
     """An adapter directory, whole or not at all; tensors of lesser rank are padded with zeros."""
     from peft import LoraConfig
 
-    from ray_unlearn.models import publish
+    from ray_unlearn.files import publish
 
     rank = max(len(factors.a) for factors in found.values())
     state = {}

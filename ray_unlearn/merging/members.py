@@ -17,8 +17,7 @@ from torch import Tensor
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.factors import Factors
 from ray_unlearn.merging.stored import StoredTensors
-
-ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE = "adapter_model.safetensors", "adapter_config.json", "changed.safetensors"
+from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE, read_snapshot
 
 Files: TypeAlias = Mapping[str, Any]
 """A member's files: bytes, or anything with their buffer, by name. Nothing is copied out of the buffer."""
@@ -65,7 +64,7 @@ class Member:
     @classmethod
     def _checkpoint(cls, directory: Path, shapes: dict[str, torch.Size], known: set[str], name: str) -> Member:
         """A model directory, read tensor by tensor where its files name tensors as the base does."""
-        from ray_unlearn.models import load_model
+        from ray_unlearn.models.loading import load_model
 
         if not (directory / "config.json").exists():
             raise InputError(f"{directory} is no model directory, adapter or snapshot: it has no config.json.")
@@ -108,15 +107,6 @@ class Member:
         else:
             change = entry.to(base.device).float() - base
         return change.add_(base).sub_(base)
-
-
-def read_snapshot(directory: Path) -> dict[str, bytes]:
-    """The files of a snapshot or PEFT adapter directory that hold its weights."""
-    names = (ADAPTER_FILE, ADAPTER_CONFIG, TENSORS_FILE)
-    files = {name: (directory / name).read_bytes() for name in names if (directory / name).exists()}
-    if TENSORS_FILE not in files and not {ADAPTER_FILE, ADAPTER_CONFIG} <= set(files):
-        raise InputError(f"{directory} is no adapter or snapshot: it needs {ADAPTER_CONFIG} and {ADAPTER_FILE}.")
-    return files
 
 
 def _factors(files: Files, shapes: dict[str, torch.Size], name: str) -> dict[str, Factors]:

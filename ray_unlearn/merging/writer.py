@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import publish
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import Combiner
 from ray_unlearn.merging.members import Source
 from ray_unlearn.merging.stored import StoredTensors
-from ray_unlearn.models import empty_model, load_model, load_tokenizer, publish
+from ray_unlearn.models.loading import empty_model, load_model, load_tokenizer
 
 
 def write_merge(recipe: MergeRecipe, base: str, members: Mapping[str, Source], out: Path) -> None:

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from ray_unlearn.metrics.aggregate import (
-    cell_terms,
-    final_score,
-    harmonic_mean,
-    row_values,
-    task_terms,
-)
+from ray_unlearn.metrics.aggregate import cell_terms, final_score, harmonic_mean, row_values, task_terms
 from ray_unlearn.metrics.generation import exact_match, rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
 from ray_unlearn.metrics.intervals import objective_intervals, with_documents
 from ray_unlearn.metrics.membership import (

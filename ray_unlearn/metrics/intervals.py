@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics.aggregate import cell_terms, harmonic_mean
 from ray_unlearn.metrics.membership import auc, check_signals, mia_score
+from ray_unlearn.records import document_id
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -27,11 +28,6 @@ class RowValue:
     cell: str
     document: str
     value: float
-
-
-def document_id(row_id: str) -> str:
-    """The document a row belongs to: its id without `sc` or `qa` and the character after; other ids stand alone."""
-    return row_id[:-3] if row_id[:-1].endswith(("sc", "qa")) else row_id
 
 
 def with_documents(values: Sequence[tuple[str, float]], row_ids: Sequence[str]) -> list[RowValue]:

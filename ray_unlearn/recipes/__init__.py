@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from ray_unlearn.config import TrialConfig, from_dict, require
+from ray_unlearn.config import TrialConfig
 from ray_unlearn.errors import unknown_name
+from ray_unlearn.schema import from_dict, require
 
 UNVERIFIED = "unverified"
 SMALLEST_BATCH = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray_unlearn.records import write_text
+from ray_unlearn.files import write_text
 from ray_unlearn.report.card import model_card
 
 __all__ = ["model_card", "write_report"]

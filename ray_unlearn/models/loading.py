@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import publish
 
 DTYPES = ("float32", "bfloat16")
 
@@ -141,15 +142,6 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     publish(temporary, directory)
-
-
-def publish(temporary: Path, directory: Path) -> None:
-    """Renames a finished directory to its final name; what stood there is kept until the new one is in place."""
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(temporary, directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def layer_prefix(model: Any) -> str:

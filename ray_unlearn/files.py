@@ -1,0 +1,127 @@
+"""Files: written whole or not at all, claimed before work, digests, and what the package is shipped with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.errors import InputError
+
+VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
+
+
+def claim_file(path: str | Path | None) -> None:
+    """Refuses, before any work, an output file that could not be written."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"the output {path} is a directory; give a file's name.")
+    _claim_folder(path.absolute().parent)
+
+
+def claim_directory(path: str | Path, marker: str) -> Path:
+    """An output directory, refused before any work when it could not be written, or holds what is not ours.
+
+    What stands there is replaced, so it must be empty or bear the `marker` file of an earlier output.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the output {path} is a file; give a directory's name.")
+    if path.exists() and any(path.iterdir()) and not (path / marker).exists():
+        raise InputError(
+            f"{path} is not empty and was not written by this command; it is left alone. Give another --out."
+        )
+    _claim_folder(path.parent)
+    return path
+
+
+def _claim_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}. Give another --out.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing: a temporary name beside it, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """write_text of readable JSON; NaN is refused, since a missing number is no number."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a result."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, or None for an installed one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def shipped(folder: str) -> Path:
+    """The folder `jobs` or `search_spaces`: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).resolve().parent / folder
+    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / folder
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def weights_digest(path: str) -> str | None:
+    """SHA-256 over the names and bytes of a model's or adapter's files; None for a hub id, which may change."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return None
+    content = hashlib.sha256()
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if file.is_file() and file.suffix != ".md":
+            content.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                content.update(hashlib.file_digest(stream, "sha256").digest())
+    return content.hexdigest()
+
+
+def publish(temporary: Path, directory: Path) -> None:
+    """Renames a finished directory to its final name; what stood there is kept until the new one is in place."""
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)

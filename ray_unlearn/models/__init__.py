@@ -1,0 +1,1 @@
+"""A model in memory: loading it, running it, reading it."""
