@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from ray_unlearn.api import eval_set
-from ray_unlearn.data import Question
-from ray_unlearn.generation import decode
-from ray_unlearn.mmlu import mmlu_prompt
+from ray_unlearn.api.evaluation import eval_set
+from ray_unlearn.data.questions import Question
+from ray_unlearn.evaluation.generation import decode
+from ray_unlearn.evaluation.mmlu import mmlu_prompt
+from ray_unlearn.evaluation.scoring import Measured, score_model
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.evaluation.work_units import compute, plan
 from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.records import Example
-from ray_unlearn.scoring import EvalSet, EvalSettings, Measured, compute, plan, score_model
 
 Seconds = tuple[float, float]
 """By the clock, and of the processor over all threads."""

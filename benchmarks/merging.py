@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ def seconds(action: Callable[[], Any]) -> float:
 def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[str, float]:
     """Times and memory of candidate merges into a loaded model; runs in a process of its own."""
     from ray_unlearn.merging import MergeRecipe
-    from ray_unlearn.merging.actor import Merger
+    from ray_unlearn.merging.resident import Merger
     from ray_unlearn.models.loading import empty_model, load_model
     from ray_unlearn.models.snapshot_files import read_snapshot
 
@@ -98,7 +97,7 @@ def resident(model: str, members: list[Path], repeats: int, out: str) -> dict[st
     loaded = load_model(model).requires_grad_(False)
     files = {place.name: read_snapshot(place) for place in members}
     began = time.perf_counter()
-    merger = Merger(SimpleNamespace(model=loaded), files, model)
+    merger = Merger(loaded, files, model)
     taken = time.perf_counter() - began
 
     def recipe_of(density: float, lambda_: float = 1.0) -> MergeRecipe:

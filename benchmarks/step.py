@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
-from ray_unlearn.config import TrialConfig
-from ray_unlearn.data import Encoded
-from ray_unlearn.feed import alike, token_logps
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.losses.preference import npo
 from ray_unlearn.models.loading import load_model
-from ray_unlearn.objective import Objective, Row
-from ray_unlearn.tuning import Tuned
+from ray_unlearn.training.dataloader import Row, alike, token_logps
+from ray_unlearn.training.parameters import Tuned
+from ray_unlearn.training.step_loss import Objective
 
 PADDED, ROWS = 256, 4
 LENGTHS = [(83, 17, 5), (83, 176, 42), (535, 11, 13), (107, 45, 65), (152, 21, 4), (152, 198, 48)]

@@ -14,11 +14,11 @@ __version__ = "0.1.0"
 __all__ = ["InputError", "evaluate", "merge", "run", "score", "train"]
 
 _HOMES = {
-    "run": "ray_unlearn.pipeline",
-    "evaluate": "ray_unlearn.api",
-    "merge": "ray_unlearn.api",
-    "score": "ray_unlearn.api",
-    "train": "ray_unlearn.api",
+    "run": "ray_unlearn.pipeline.run",
+    "evaluate": "ray_unlearn.api.evaluation",
+    "merge": "ray_unlearn.api.merging",
+    "score": "ray_unlearn.api.evaluation",
+    "train": "ray_unlearn.api.training",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.arguments import build_parser
-from ray_unlearn.cluster import prepare_environment
+from ray_unlearn.cluster.session import prepare_environment
 from ray_unlearn.errors import InputError
 
 Command = Callable[[argparse.Namespace], int]
@@ -49,9 +49,9 @@ def _print(value: Any) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
+    from ray_unlearn.config.job import load_job
     from ray_unlearn.files import shipped
-    from ray_unlearn.job import load_job
-    from ray_unlearn.pipeline import run
+    from ray_unlearn.pipeline.run import run
     from ray_unlearn.progress import Progress
 
     path = Path(a.job) if a.job else shipped("jobs") / "quickstart.yaml"
@@ -70,8 +70,8 @@ def _run(a: argparse.Namespace) -> int:
 
 
 def _target(a: argparse.Namespace) -> int:
+    from ray_unlearn.pipeline.target import build_benchmark_at, build_target_at
     from ray_unlearn.progress import Progress
-    from ray_unlearn.target import build_benchmark_at, build_target_at
 
     log = Progress().line
     if (a.benchmark is None) == (a.base is None):
@@ -88,7 +88,7 @@ def _target(a: argparse.Namespace) -> int:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from ray_unlearn.api import train
+    from ray_unlearn.api.training import train
     from ray_unlearn.progress import Progress
 
     record = train(
@@ -132,7 +132,7 @@ def _evaluation(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(a: argparse.Namespace) -> int:
-    from ray_unlearn.api import evaluate
+    from ray_unlearn.api.evaluation import evaluate
     from ray_unlearn.progress import Progress
 
     scores = evaluate(
@@ -163,7 +163,7 @@ def _evaluate(a: argparse.Namespace) -> int:
 
 
 def _score(a: argparse.Namespace) -> int:
-    from ray_unlearn.api import score
+    from ray_unlearn.api.evaluation import score
 
     scores = score(
         a.predictions,
@@ -179,7 +179,7 @@ def _score(a: argparse.Namespace) -> int:
 
 
 def _merge(a: argparse.Namespace) -> int:
-    from ray_unlearn.api import merge, merge_by_recipe
+    from ray_unlearn.api.merging import merge, merge_by_recipe
     from ray_unlearn.progress import Progress
 
     if (a.recipe is None) == (a.adapters is None):
@@ -205,7 +205,7 @@ def _report(a: argparse.Namespace) -> int:
 
 
 def _methods(a: argparse.Namespace) -> int:
-    from ray_unlearn.config import TrialConfig
+    from ray_unlearn.config.trial import TrialConfig
     from ray_unlearn.losses import METHODS, OPTIONS, parameters_of
     from ray_unlearn.schema import to_dict
 
@@ -226,8 +226,8 @@ def _methods(a: argparse.Namespace) -> int:
 
 
 def _recipes(a: argparse.Namespace) -> int:
+    from ray_unlearn.config.recipes import recipes
     from ray_unlearn.losses import METHODS
-    from ray_unlearn.recipes import recipes
 
     rows = [
         {
@@ -299,7 +299,7 @@ def _table(rows: list[dict[str, Any]], as_json: bool) -> int:
 
 
 def _submit(a: argparse.Namespace) -> int:
-    from ray_unlearn.submit import submit
+    from ray_unlearn.pipeline.submit import submit
 
     return submit(Path(a.job), a.address, a.set, a.out)
 

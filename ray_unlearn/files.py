@@ -14,6 +14,8 @@ from typing import Any
 
 from ray_unlearn.errors import InputError
 
+PACKAGE = Path(__file__).resolve().parent
+"""This package's folder."""
 VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
 
 
@@ -81,7 +83,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, or None for an installed one."""
-    root = Path(__file__).resolve().parent.parent
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
     answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -95,8 +97,8 @@ def file_digest(path: Path) -> str:
 
 def shipped(folder: str) -> Path:
     """The folder `jobs` or `search_spaces`: inside an installed package, or at the top of a checkout."""
-    inside = Path(__file__).resolve().parent / folder
-    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / folder
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from ray_unlearn import benchmark
+from ray_unlearn.data.benchmarks import embedded as benchmark
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.benchmark import EmbeddedSettings
+from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
 
 SETTINGS = EmbeddedSettings(
     stories=3, biographies=1, entries=8, nonmembers=24, facts=8, vocabulary=420, hidden=64, layers=2, epochs=25,

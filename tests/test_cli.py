@@ -11,7 +11,8 @@ import pytest
 import yaml
 from small import small_job
 
-from ray_unlearn import benchmark, cli
+from ray_unlearn import cli
+from ray_unlearn.data.benchmarks import embedded as benchmark
 from ray_unlearn.models.loading import save_model
 
 
@@ -165,7 +166,9 @@ def test_bad_jobs_are_refused_before_anything_is_built(tmp_path, capsys):
 
 
 def test_a_space_with_an_unknown_parameter_or_method_lists_the_known_ones(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ray_unlearn.pipeline.job_target", lambda job, rows, log: (_ for _ in ()).throw(AssertionError))
+    monkeypatch.setattr(
+        "ray_unlearn.pipeline.run.job_target", lambda job, rows, log: (_ for _ in ()).throw(AssertionError)
+    )
     space = tmp_path / "mine.py"
     space.write_text(
         "def space(trial):\n    return {'learning_rat': trial.suggest_float('learning_rate', 1e-5, 1e-4)}\n"
@@ -192,10 +195,10 @@ def test_an_unset_variable_and_an_unwritable_directory_are_refused(tmp_path, cap
 
 
 def test_too_little_disk_is_refused_with_the_arithmetic(files, tmp_path, monkeypatch):
-    from ray_unlearn.config import TrialConfig
+    from ray_unlearn.config.job import Job
+    from ray_unlearn.config.trial import TrialConfig
     from ray_unlearn.errors import InputError
-    from ray_unlearn.job import Job
-    from ray_unlearn.rundir import check_trials
+    from ray_unlearn.pipeline.directory import check_trials
     from ray_unlearn.schema import from_dict
 
     job = from_dict(Job, small_job(tmp_path))

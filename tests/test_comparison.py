@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ray_unlearn.comparison import configs, entries, markdown, table
+from ray_unlearn.config.job import Job
+from ray_unlearn.config.recipes import recipes
 from ray_unlearn.errors import InputError
-from ray_unlearn.job import Job
 from ray_unlearn.models.loading import save_model
-from ray_unlearn.recipes import recipes
+from ray_unlearn.pipeline.comparison import configs, entries, markdown, table
 from ray_unlearn.records import MergeRecord, Scores, Snapshot, TrialRecord
 from ray_unlearn.schema import from_dict
 

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from test_spaces import sampled
 
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.job import Job, apply_override, differences, load_job
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import shipped
-from ray_unlearn.job import Job, apply_override, differences, load_job
 from ray_unlearn.losses import OPTIONS
-from ray_unlearn.schedule import SCHEDULES
 from ray_unlearn.schema import digest, from_dict, to_dict
-from ray_unlearn.search import check_space
-from ray_unlearn.spaces import load_space, trial_config
+from ray_unlearn.search.spaces import load_space, trial_config
+from ray_unlearn.search.study import check_space
+from ray_unlearn.training.schedule import SCHEDULES
 
 CHANGED = {
     "method": "npo",

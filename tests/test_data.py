@@ -8,21 +8,11 @@ import random
 import pytest
 import torch
 
-from ray_unlearn import data, files
-from ray_unlearn.data import (
-    Encoded,
-    by_length,
-    check_cells,
-    collate,
-    cut,
-    document_of,
-    encode,
-    find_file,
-    limit_documents,
-    load_documents,
-    load_mmlu,
-    load_pair,
-)
+from ray_unlearn import files
+from ray_unlearn.data import rows as data
+from ray_unlearn.data.questions import load_mmlu
+from ray_unlearn.data.rows import check_cells, find_file, limit_documents, load_documents, load_pair
+from ray_unlearn.data.tokens import Encoded, by_length, collate, cut, document_of, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.records import Example
 

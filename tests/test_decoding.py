@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from ray_unlearn import decoding, forward
-from ray_unlearn.decoding import greedy
 from ray_unlearn.errors import InputError
+from ray_unlearn.models import decoding, forward
+from ray_unlearn.models.decoding import greedy
 
 PROMPTS = [
     "In Kanobe, Mira met Tosu, who carried a silver lantern to the river.",

@@ -9,10 +9,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from ray_unlearn import api, benchmark, evaluation, files, score_cache
+from ray_unlearn import files
+from ray_unlearn.api import evaluation as api
+from ray_unlearn.cluster import evaluators
+from ray_unlearn.data.benchmarks import embedded as benchmark
 from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation import cache as score_cache
+from ray_unlearn.evaluation import evaluator as evaluation
+from ray_unlearn.evaluation import spec
+from ray_unlearn.evaluation.spec import EvalSettings
+from ray_unlearn.evaluation.work_units import Unit, plan
 from ray_unlearn.models.loading import save_model
-from ray_unlearn.scoring import EvalSettings, Unit, plan
 
 METRICS = ["answer_probability", "rouge_l_f1", "mia_reference", "mia_gradient_norm", "score_differences"]
 
@@ -124,9 +131,9 @@ def test_a_model_that_is_not_here_is_not_cached(tmp_path):
     assert files.weights_digest("owner/name") is None
     lines = []
     work = evaluation.Evaluation(
-        model="owner/name", adapter=None, dtype="float32", data=api.EvalSet(), settings=EvalSettings()
+        model="owner/name", adapter=None, dtype="float32", data=spec.EvalSet(), settings=EvalSettings()
     )
-    with evaluation.workers(2, 0, None, lines.append) as each:  # nothing to do: no actor is started
+    with evaluators.workers(2, 0, None, lines.append) as each:  # nothing to do: no actor is started
         work.measure(each, tmp_path, lines.append)
     assert "owner/name is no local model: its scores are not cached" in lines and not list(tmp_path.iterdir())
 
@@ -213,4 +220,4 @@ def test_finished_units_of_another_plan_are_not_taken(tmp_path):
     finished.save(1, Unit("losses", (0,)), [0.1])
     units = [Unit("texts", (0, 2)), Unit("losses", (1,))]
     assert finished.load(units) == {0: ["a", "b"]}
-    assert plan(api.EvalSet(), EvalSettings()) == []
+    assert plan(spec.EvalSet(), EvalSettings()) == []

@@ -76,7 +76,7 @@ def test_each_heavy_library_has_one_owner(library, owners, guests):
     assert owners <= found <= owners | guests
 
 
-ON_DEMAND = {"merging/actor.py", "merging/writer.py"}
+ON_DEMAND = {"merging/writer.py"}
 PURE = [
     path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -16,10 +16,10 @@ import yaml
 from small import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ray_unlearn.config.job import Job
 from ray_unlearn.errors import InputError
-from ray_unlearn.job import Job
 from ray_unlearn.pareto import dominates, hypervolume
-from ray_unlearn.rundir import claim
+from ray_unlearn.pipeline.directory import claim
 from ray_unlearn.schema import from_dict
 
 pytestmark = pytest.mark.ray

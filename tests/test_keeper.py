@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from ray_unlearn import keeper as keeping
-from ray_unlearn.cluster import check_room
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.cluster import coordinator as keeping
+from ray_unlearn.cluster.session import check_room
+from ray_unlearn.config.job import ResourcesPart
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
-from ray_unlearn.job import ResourcesPart
 from ray_unlearn.records import load_records
 from ray_unlearn.schema import to_dict
 

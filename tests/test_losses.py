@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.losses import LOSSES, METHODS, OPTIONS, options_of, parameters_of
 from ray_unlearn.losses.ascent import cross_entropy, gradient_ascent
 from ray_unlearn.losses.distillation import kl_divergence, renyi_divergence, undial

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.merging.actor import Merger
 from ray_unlearn.merging.members import Member
+from ray_unlearn.merging.resident import Merger
 
 
 @pytest.fixture(scope="module")
 def bench(tiny):
-    from ray_unlearn.scoring import EvalSettings
-    from ray_unlearn.trial import Bench
+    from ray_unlearn.evaluation.spec import EvalSettings
+    from ray_unlearn.training.worker import Bench
 
     model = copy.deepcopy(tiny.model).requires_grad_(False)
     return Bench(
@@ -32,7 +32,7 @@ def bench(tiny):
 @pytest.fixture(scope="module")
 def members(bench):
     """Snapshot files by name: two adapters of unlike rank and targets, and one of full weights."""
-    from ray_unlearn.tuning import Tuned
+    from ray_unlearn.training.parameters import Tuned
 
     made = {}
     for seed, (name, options) in enumerate(
@@ -113,13 +113,13 @@ def test_the_written_merge_is_the_resident_merge_and_the_base_comes_back(bench, 
     from ray_unlearn.merging.writer import write_merge
 
     base = weights_of(bench.model)
-    merger = Merger(bench, members, base_path)
+    merger = Merger(bench.model, members, base_path)
     assert not merger._copies  # the files hold the base
     merger.merge(recipe)
     resident = weights_of(bench.model)
     merger.restore()
     assert all(tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items())
-    without_files = Merger(bench, members)
+    without_files = Merger(bench.model, members)
     without_files.merge(recipe)
     assert all(tensor.equal(resident[name]) for name, tensor in weights_of(bench.model).items())
     without_files.restore()
@@ -140,7 +140,7 @@ def test_the_written_merge_is_the_resident_merge_and_the_base_comes_back(bench, 
 def test_the_resident_merge_is_the_recipe_applied_to_each_tensor(bench, members, method):
     recipe = written_by(method)
     base = weights_of(bench.model)
-    merger = Merger(bench, members)
+    merger = Merger(bench.model, members)
     merger.merge(recipe)
     resident = weights_of(bench.model)
     merger.restore()
@@ -160,7 +160,7 @@ def test_a_merge_of_a_merge_is_the_merge_of_its_written_weights(bench, members, 
     inner = NESTED.merges["merge-0000"]
     write_merge(inner, base_path, members, tmp_path / "inner")
     options = {"weights": [1.0, 1.0], "densities": [0.5, 0.9], "method": "ties"}
-    merger = Merger(bench, {**members, "written": tmp_path / "inner"})
+    merger = Merger(bench.model, {**members, "written": tmp_path / "inner"})
     merger.merge(MergeRecipe(members=["merge-0000", "lora-b"], merges={"merge-0000": inner}, **options))
     nested = weights_of(bench.model)
     merger.merge(MergeRecipe(members=["written", "lora-b"], **options))
@@ -170,7 +170,7 @@ def test_a_merge_of_a_merge_is_the_merge_of_its_written_weights(bench, members, 
 
 
 def test_a_random_mask_follows_the_members_content_not_its_name_or_place(bench, members):
-    merger = Merger(bench, {**members, "renamed": members["lora-a"]})
+    merger = Merger(bench.model, {**members, "renamed": members["lora-a"]})
     results = []
     for names in (["lora-a", "full"], ["full", "lora-a"], ["renamed", "full"]):
         merger.merge(MergeRecipe(method="dare_linear", members=names, weights=[1.0] * 2, densities=[0.5] * 2))
@@ -189,7 +189,7 @@ def test_magnitudes_are_counted_once_for_each_member_and_tensor_and_cuts_once_fo
     for name in ("count_magnitudes", "find_cut"):
         original = getattr(combine, name)
         monkeypatch.setattr(combine, name, lambda *a, n=name, f=original: calls.update([n]) or f(*a))
-    merger = Merger(bench, {name: members[name] for name in ("lora-a", "full")})
+    merger = Merger(bench.model, {name: members[name] for name in ("lora-a", "full")})
     for weights, densities in (([1.0, 1.0], [0.5, 0.8]), ([1.0, 2.0], [0.5, 0.8]), ([3.0, 1.0], [0.8, 0.5])):
         recipe = MergeRecipe(members=["lora-a", "full"], weights=weights, densities=densities)
         merger.merge(recipe)
@@ -198,24 +198,17 @@ def test_magnitudes_are_counted_once_for_each_member_and_tensor_and_cuts_once_fo
     merger.restore()
 
 
-def test_a_score_restores_the_base_even_when_it_fails(bench, members):
+def test_the_base_comes_back_even_when_scoring_the_merged_model_fails(bench, members):
     base = weights_of(bench.model)
-    merger = Merger(bench, members)
-    seen = []
-
-    def broken(eval_set=None):
-        seen.append(any(not tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items()))
+    merger = Merger(bench.model, members)
+    with pytest.raises(RuntimeError, match="no scores"), merger.merged(RECIPES[0]) as model:
+        assert any(not tensor.equal(base[name]) for name, tensor in weights_of(model).items())
         raise RuntimeError("no scores")
-
-    merger.score_model = broken
-    with pytest.raises(RuntimeError, match="no scores"):
-        merger.score(RECIPES[0])
-    assert seen == [True]
     assert all(tensor.equal(base[name]) for name, tensor in weights_of(bench.model).items())
 
 
 def test_merging_one_member_whole_gives_that_member_and_nothing_lingers(bench, members):
-    merger = Merger(bench, members)
+    merger = Merger(bench.model, members)
     merger.merge(RECIPES[0])  # an earlier merge must not show in the next
     recipe = MergeRecipe(members=["lora-b"], weights=[2.0], densities=[1.0])
     merger.merge(recipe)
@@ -254,14 +247,14 @@ def test_an_adapters_delta_is_what_peft_itself_merges(bench, members, tmp_path, 
 
 
 def test_members_of_another_base_are_refused(bench, members, tiny):
-    from ray_unlearn import benchmark
+    from ray_unlearn.data.benchmarks import embedded as benchmark
 
     settings = benchmark.EmbeddedSettings(hidden=16, layers=1)
     other = copy.copy(bench)
     other.model = benchmark.make_model(settings, len(tiny.tokenizer))
     for name in ("lora-a", "full"):
         with pytest.raises(InputError, match=f"{name} changes .* another base"):
-            Merger(other, {name: members[name]})
+            Merger(other.model, {name: members[name]})
 
 
 @pytest.mark.parametrize("setting", ["use_dora", "modules_to_save", "rank_pattern", "fan_in_fan_out"])
@@ -294,7 +287,7 @@ def test_a_full_checkpoint_is_read_tensor_by_tensor(bench, base_path, checkpoint
     folder, state, save = checkpoint
     name = "model.layers.1.mlp.up_proj.weight"
     save(state | {name: state[name] + 0.5})
-    merger = Merger(bench, {"full": folder}, base_path)
+    merger = Merger(bench.model, {"full": folder}, base_path)
     merger.merge(MergeRecipe(members=["full"], weights=[1.0], densities=[1.0]))
     torch.testing.assert_close(bench.model.get_parameter(name), state[name] + 0.5, rtol=0, atol=1e-6)
     merger.restore()
@@ -324,13 +317,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(bench, checkpoint, change, me
 
 
 def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
-    from types import SimpleNamespace
 
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from ray_unlearn.merging.combine import Combiner
-    from ray_unlearn.merging.stored import StoredTensors
     from ray_unlearn.merging.writer import _write_tensors
+    from ray_unlearn.models.stored_tensors import StoredTensors
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -340,7 +332,7 @@ def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
     tuned.model.embed_tokens.weight.add_(0.25)
     tuned.save_pretrained(tmp_path / "tuned")
     recipe = MergeRecipe(members=["tuned"], weights=[1.0], densities=[1.0])
-    merger = Merger(SimpleNamespace(model=model), {"tuned": tmp_path / "tuned"}, str(tmp_path / "base"))
+    merger = Merger(model, {"tuned": tmp_path / "tuned"}, str(tmp_path / "base"))
     merger.merge(recipe)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model.lm_head.weight, tuned.lm_head.weight)
@@ -357,7 +349,7 @@ def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
 
 
 def test_ties_on_factors_refuses_checkpoints_and_warns_of_unlike_starts(bench, members):
-    merger = Merger(bench, members)
+    merger = Merger(bench.model, members)
     common = {"method": "ties_factors", "weights": [1.0, 1.0], "densities": [0.8, 0.8]}
     with pytest.raises(InputError, match="full is no adapter; use ties"):
         merger.merge(MergeRecipe(members=["lora-a", "full"], **common))
@@ -389,7 +381,7 @@ def test_linear_merges_are_adapters_exactly(bench, members, base_path, tmp_path,
     report = write_adapter(recipe, bench.model, base_path, members, tmp_path / "out")
     assert report.exact and report.error == 0 and report.rank == {2: 4, 3: 10}[len(names)]
     peft = PeftModel.from_pretrained(copy.deepcopy(bench.model), tmp_path / "out").merge_and_unload()
-    merger = Merger(bench, members)
+    merger = Merger(bench.model, members)
     merger.merge(recipe)
     for name, tensor in weights_of(bench.model).items():
         torch.testing.assert_close(peft.get_parameter(name), tensor, rtol=0, atol=2e-6)
@@ -403,7 +395,7 @@ def test_other_merges_are_cut_to_a_rank_and_the_error_is_what_the_adapter_misses
 
     recipe = MergeRecipe(members=["lora-a", "lora-b"], weights=[1.0, 2.0], densities=[0.5, 0.5])
     errors = []
-    merger = Merger(bench, members)
+    merger = Merger(bench.model, members)
     merger.merge(recipe)
     whole = weights_of(bench.model)
     merger.restore()
@@ -430,9 +422,9 @@ def test_a_merge_that_changes_more_than_matrices_is_no_adapter(bench, members, b
 def test_the_delivered_merge_is_the_scored_one_and_can_be_made_again(members, base_path, tmp_path, nested):
     from types import SimpleNamespace
 
-    from ray_unlearn.api import merge_by_recipe
+    from ray_unlearn.api.merging import merge_by_recipe
+    from ray_unlearn.pipeline.selection import write_best
     from ray_unlearn.records import Candidate, MergeRecord, Scores
-    from ray_unlearn.selection import write_best
 
     for step, name in enumerate(("full", "lora-a", "lora-b")):
         folder = tmp_path / "snapshots" / "trial-0000" / f"{step:05d}"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.merging.actor import Merger
+from ray_unlearn.merging.resident import Merger
 
 TOLERANCE = 1e-6
 LAYERS = 3
@@ -135,7 +135,7 @@ def mergekit_merge(config, out):
 def test_a_merge_of_full_checkpoints_is_mergekits(base, members, tmp_path, method, seed):
     recipe = random_recipe(method, seed)
     theirs = mergekit_merge(mergekit_config(recipe, base.path, members), tmp_path / "out")
-    merger = Merger(base, members, str(base.path))
+    merger = Merger(base.model, members, str(base.path))
     merger.merge(recipe)
     ours = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     merger.restore()
@@ -152,7 +152,7 @@ def test_mergekits_own_linear_is_ours_with_a_lambda_of_one(base, members, tmp_pa
         for name, weight in zip(recipe.members, recipe.weights, strict=True)
     ]
     theirs = mergekit_merge({"merge_method": "linear", "dtype": "float32", "models": models}, tmp_path / "out")
-    merger = Merger(base, members, str(base.path))
+    merger = Merger(base.model, members, str(base.path))
     merger.merge(recipe)
     for name, parameter in base.model.named_parameters():
         torch.testing.assert_close(parameter, theirs[name], rtol=0, atol=TOLERANCE)
@@ -167,7 +167,7 @@ def test_given_the_same_masks_a_random_merge_is_mergekits(members, base, monkeyp
     from mergekit.sparsify import RescaleNorm, sparsify
 
     recipe = random_recipe(method, seed)
-    merger = Merger(base, members, str(base.path))
+    merger = Merger(base.model, members, str(base.path))
     names = ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.weight", "model.norm.weight"]
     their_method = registry.get(method)
     draw = torch.bernoulli
@@ -245,7 +245,7 @@ def test_ties_on_factors_is_pefts(base, tmp_path, seed):
     peft.add_weighted_adapter(names, weights, "merged", combination_type="ties", density=density)
     peft.set_adapter("merged")
     theirs = peft.merge_and_unload()
-    merger = Merger(base, {name: tmp_path / name for name in names}, str(base.path))
+    merger = Merger(base.model, {name: tmp_path / name for name in names}, str(base.path))
     merger.merge(MergeRecipe(method="ties_factors", members=names, weights=weights, densities=[density] * count))
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(base.model.get_parameter(name), parameter, rtol=0, atol=TOLERANCE)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from nltk.stem.porter import PorterStemmer
 
-from ray_unlearn.api import score
+from ray_unlearn.api.evaluation import score
 from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation.scoring import make_scores
 from ray_unlearn.metrics import METRICS, auc, exact_match, final_score, harmonic_mean, mia_score, task_terms
 from ray_unlearn.metrics.generation import rouge_1_f1, rouge_1_recall, rouge_l_f1, rouge_l_recall
 from ray_unlearn.records import MergeRecord, Scores, load_records, save_record
-from ray_unlearn.scoring import make_scores
 
 # -- generation ------------------------------------------------------------------------------------
 

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from ray_unlearn.errors import InputError
-from ray_unlearn.metrics import cell_terms, harmonic_mean, intervals, objective_intervals, row_values, with_documents
+from ray_unlearn.metrics import (
+    cell_terms,
+    harmonic_mean,
+    intervals,
+    membership,
+    objective_intervals,
+    row_values,
+    with_documents,
+)
 from ray_unlearn.metrics.intervals import (
     RowValue,
     aggregate_resamples,
@@ -211,7 +219,7 @@ def test_intervals_of_the_auc_hold_the_truth_about_as_often():
         return rng.normal(0, 1, 30), rng.normal(shift, 1, 40)
 
     def find(signals, seed):
-        return limits(membership_resamples(*signals, resamples=300, seed=seed)[0], intervals.auc(*map(list, signals)))
+        return limits(membership_resamples(*signals, resamples=300, seed=seed)[0], membership.auc(*map(list, signals)))
 
     assert 0.89 <= share_held(truth, draw, find) <= 0.99
 
@@ -247,7 +255,7 @@ def test_the_final_s_interval_is_near_that_of_resampling_its_parts_together():
         + (1 - 2 * np.abs(membership_resamples(members, nonmembers, resamples=4000, seed=2)[0] - 0.5))
         + rng.binomial(80, 30 / 80, 4000) / 80
     ) / 3
-    estimate = (slow_aggregate(rows) + 1 - 2 * abs(intervals.auc(members, nonmembers) - 0.5) + 30 / 80) / 3
+    estimate = (slow_aggregate(rows) + 1 - 2 * abs(membership.auc(members, nonmembers) - 0.5) + 30 / 80) / 3
     assert found["final"] == pytest.approx(limits(together, estimate), abs=0.012)
 
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from ray_unlearn import signals
-from ray_unlearn.benchmark import members as of_members
-from ray_unlearn.data import Encoded, encode
+from ray_unlearn.data.benchmarks.embedded import members as of_members
+from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.measuring import extra_names, more_metrics, wrong_answers
+from ray_unlearn.evaluation.metric_suite import extra_names, more_metrics, wrong_answers
 from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
+from ray_unlearn.models import token_statistics as signals
+from ray_unlearn.models.token_statistics import gradient_norms, token_signals
 from ray_unlearn.records import Example, Scores
-from ray_unlearn.signals import gradient_norms, token_signals
 
 TEXTS = ["In Kanobe, Mira met Tosu, who carried a silver lantern.", "Née 42", "Mira met", "What did Tosu carry when?"]
 

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ray_unlearn.config import TrialConfig
-from ray_unlearn.data import Encoded, encode
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.feed import PASS_TOKENS, REFUSALS, Feed, alike, make_feed, token_logps
 from ray_unlearn.losses import LOSSES, METHODS, losses_of
-from ray_unlearn.objective import Objective, Row
 from ray_unlearn.records import Example
-from ray_unlearn.schedule import Step
-from ray_unlearn.trial import _train_step
-from ray_unlearn.tuning import Tuned
+from ray_unlearn.training.dataloader import PASS_TOKENS, REFUSALS, Feed, Row, alike, make_feed, token_logps
+from ray_unlearn.training.loop import _train_step
+from ray_unlearn.training.parameters import Tuned
+from ray_unlearn.training.schedule import Step
+from ray_unlearn.training.step_loss import Objective
 
 WEIGHTS = {"forget_weight": 0.7, "retain_weight": 1.3, "kl_weight": 2.1, "forget_on": "document"}
 PAD = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ray_unlearn.config.recipes import UNVERIFIED, Geometry, recipe, recipes, scaled
 from ray_unlearn.errors import InputError
-from ray_unlearn.recipes import UNVERIFIED, Geometry, recipe, recipes, scaled
-from ray_unlearn.schedule import plan
-from ray_unlearn.tuning import check_tuning
+from ray_unlearn.training.parameters import check_tuning
+from ray_unlearn.training.schedule import plan
 
 SMALL = Geometry(layers=4, hidden=128, rows=176)
 
@@ -39,8 +39,8 @@ def test_an_unknown_recipe_offers_the_nearest():
 
 @pytest.mark.parametrize("name", [name for name in recipes() if recipe(name).config])
 def test_scaled_recipes_fit_the_smaller_model_and_say_what_changed(name):
-    from ray_unlearn.benchmark import EmbeddedSettings, make_model
-    from ray_unlearn.config import TrialConfig
+    from ray_unlearn.config.trial import TrialConfig
+    from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings, make_model
     from ray_unlearn.schema import from_dict
 
     config, changed = scaled(recipe(name).config, recipe(name).model, SMALL)

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from ray_unlearn.config import TrialConfig
-from ray_unlearn.schedule import SCHEDULES, Step, plan, snapshot_steps
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.training.schedule import SCHEDULES, Step, plan, snapshot_steps
 
 
 def random_case(seed, **fixed):

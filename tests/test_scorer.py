@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 from nltk.stem.porter import PorterStemmer
 
-from ray_unlearn.api import score
+from ray_unlearn.api.evaluation import score
 from ray_unlearn.errors import InputError
 
 STEMMER = PorterStemmer()

@@ -9,24 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ray_unlearn import generation, likelihood, mmlu, scoring
-from ray_unlearn.data import Question, collate, encode
-from ray_unlearn.decoding import greedy
+from ray_unlearn.data.questions import Question
+from ray_unlearn.data.tokens import collate, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.generation import certain, clean_up, continuations, decode
-from ray_unlearn.likelihood import row_losses
-from ray_unlearn.mmlu import mmlu_prompt
+from ray_unlearn.evaluation import generation, mmlu, scoring, work_units
+from ray_unlearn.evaluation.generation import certain, clean_up, continuations, decode
+from ray_unlearn.evaluation.mmlu import mmlu_prompt
+from ray_unlearn.evaluation.scoring import evaluate_model, score_model
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.evaluation.work_units import Shard, document_losses, mmlu_choices, plan
+from ray_unlearn.models import likelihood
+from ray_unlearn.models.decoding import greedy
+from ray_unlearn.models.likelihood import row_losses
 from ray_unlearn.records import Example
-from ray_unlearn.scoring import (
-    EvalSet,
-    EvalSettings,
-    Shard,
-    document_losses,
-    evaluate_model,
-    mmlu_choices,
-    plan,
-    score_model,
-)
 
 PROMPTS = [
     "In Kanobe, Mira met Tosu, who carried a silver lantern to the river.",
@@ -343,7 +338,7 @@ def test_units_are_each_row_once_and_few_subjects_are_split(tiny):
         for part, total in (("texts", 8), ("losses", 6), ("choices", 6)):
             mine = [unit.rows for unit in units if unit.part == part]
             assert sorted(i for rows in mine for i in rows) == list(range(total))
-            assert all(len(rows) <= scoring.BATCHES_IN_UNIT * size for rows in mine)
+            assert all(len(rows) <= work_units.BATCHES_IN_UNIT * size for rows in mine)
 
 
 # -- the whole -------------------------------------------------------------------------------------

@@ -6,16 +6,17 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from ray_unlearn import search
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.job import FirstPoint, Job
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
-from ray_unlearn.job import FirstPoint, Job
 from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.merging.proposals import Growth, MergeSpace, bisected
 from ray_unlearn.pareto import hypervolume
 from ray_unlearn.records import MergeRecord, Scores, Snapshot, TrialRecord, save_record
 from ray_unlearn.schema import from_dict, to_dict
-from ray_unlearn.spaces import load_space
+from ray_unlearn.search.merge_space import Growth, MergeSpace, bisected
+from ray_unlearn.search.merges import recover_merges, search_merges
+from ray_unlearn.search.spaces import load_space
+from ray_unlearn.search.study import check_space, enqueue, open_study, recover, tell, tell_record
 
 
 def scores(aggregate: float, mia: float, utility: float, auc: float | None = None) -> Scores:
@@ -36,7 +37,7 @@ def record(name: str, *points: Scores, status: str = "finished") -> TrialRecord:
 
 @pytest.fixture
 def study(tmp_path):
-    return search.open_study(f"sqlite:///{tmp_path / 'study.db'}", "trials", 0, 4)
+    return open_study(f"sqlite:///{tmp_path / 'study.db'}", "trials", 0, 4)
 
 
 FLOOR = 0.5
@@ -45,7 +46,7 @@ FLOOR = 0.5
 def test_a_trial_is_told_its_best_feasible_snapshot_and_how_far_utility_is_from_the_floor(study):
     study.ask()
     points = scores(0.9, 0.9, 0.4), scores(0.6, 0.6, 0.6), scores(0.1, 0.1, 1.0)
-    search.tell_record(study, 0, record("trial-0000", *points), FLOOR)
+    tell_record(study, 0, record("trial-0000", *points), FLOOR)
     (told,) = study.trials
     assert told.state is TrialState.COMPLETE and told.values == [0.6, 0.6, 0.6]
     assert told.constraints["utility_floor"] == pytest.approx(-0.1)
@@ -54,11 +55,11 @@ def test_a_trial_is_told_its_best_feasible_snapshot_and_how_far_utility_is_from_
 
 def test_a_trial_without_feasible_snapshot_is_told_its_highest_utility_and_is_no_best_trial(study):
     study.ask()
-    search.tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.2), scores(0.5, 0.5, 0.5)), FLOOR)
+    tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.2), scores(0.5, 0.5, 0.5)), FLOOR)
     (told,) = study.trials
     assert told.values == [0.5, 0.5, 0.5] and told.constraints["utility_floor"] == 0
     study.ask()
-    search.tell_record(study, 1, record("trial-0001", scores(0.9, 0.9, 0.2)), FLOOR)
+    tell_record(study, 1, record("trial-0001", scores(0.9, 0.9, 0.2)), FLOOR)
     assert study.trials[1].constraints["utility_floor"] > 0
     assert [trial.number for trial in study.best_trials] == [0]
 
@@ -66,16 +67,16 @@ def test_a_trial_without_feasible_snapshot_is_told_its_highest_utility_and_is_no
 def test_failed_trials_and_numbers_that_are_none_are_told_as_failures(study):
     for _ in range(3):
         study.ask()
-    search.tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.9), status="failed"), FLOOR)
-    search.tell(study, 1, scores(float("nan"), 0.5, 0.5), FLOOR, {})
-    search.tell_record(study, 2, record("trial-0002"), FLOOR)
+    tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.9), status="failed"), FLOOR)
+    tell(study, 1, scores(float("nan"), 0.5, 0.5), FLOOR, {})
+    tell_record(study, 2, record("trial-0002"), FLOOR)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3
     assert all(trial.values is None for trial in study.trials)
 
 
 def test_a_stopped_trial_is_told_its_snapshots(study):
     study.ask()
-    search.tell_record(study, 0, record("trial-0000", scores(0.6, 0.6, 0.6), status="stopped"), FLOOR)
+    tell_record(study, 0, record("trial-0000", scores(0.6, 0.6, 0.6), status="stopped"), FLOOR)
     assert study.trials[0].values == [0.6, 0.6, 0.6] and study.trials[0].user_attrs["status"] == "stopped"
 
 
@@ -84,32 +85,32 @@ def test_recovery_tells_what_is_on_record_and_queues_the_rest_again(study, tmp_p
         study.ask().suggest_float("x", 0, 1)
     save_record(tmp_path, record("trial-0000", scores(0.7, 0.7, 0.7)))
     (tmp_path / "snapshots" / "trial-0001" / "00010").mkdir(parents=True)
-    assert search.recover(study, tmp_path, FLOOR) == 2
+    assert recover(study, tmp_path, FLOOR) == 2
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL", "WAITING", "WAITING"]
     assert not (tmp_path / "snapshots" / "trial-0001").exists()
     again = study.ask()
     assert again.suggest_float("x", 0, 1) == study.trials[1].params["x"] and again.number == 3
-    assert search.recover(study, tmp_path, FLOOR) == 1  # killed once more: only the one that ran is queued again
+    assert recover(study, tmp_path, FLOOR) == 1  # killed once more: only the one that ran is queued again
 
 
 def test_first_points_are_queued_once(study):
-    search.enqueue(study, [{"x": 0.25}, {"x": 0.5}])
+    enqueue(study, [{"x": 0.25}, {"x": 0.5}])
     assert study.ask().suggest_float("x", 0, 1) == 0.25
-    search.enqueue(study, [{"x": 0.25}, {"x": 0.5}, {"x": 0.75}])  # as after a kill between the second and the third
+    enqueue(study, [{"x": 0.25}, {"x": 0.5}, {"x": 0.75}])  # as after a kill between the second and the third
     assert [study.ask().suggest_float("x", 0, 1) for _ in range(2)] == [0.5, 0.75] and len(study.trials) == 3
 
 
 def test_a_resumed_study_does_not_propose_its_beginning_again(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    first = [search.open_study(url, "trials", 3, 9).ask().suggest_float("x", 0, 1) for _ in range(3)]
+    first = [open_study(url, "trials", 3, 9).ask().suggest_float("x", 0, 1) for _ in range(3)]
     assert len(set(first)) == 3
-    other = search.open_study(f"sqlite:///{tmp_path / 'other.db'}", "trials", 3, 9)
+    other = open_study(f"sqlite:///{tmp_path / 'other.db'}", "trials", 3, 9)
     assert other.ask().suggest_float("x", 0, 1) == first[0]  # one seed, one beginning
 
 
 def test_check_space_returns_configurations_of_every_branch():
     space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {"snapshots": 3})
-    configs, _ = search.check_space(space, 0)
+    configs, _ = check_space(space, 0)
     assert {config.method for config in configs} == {"ascent_kl_ce", "npo_kl_ce"}
     assert {config.tuning for config in configs} == {"lora", "full"} and {config.snapshots for config in configs} == {3}
 
@@ -117,7 +118,7 @@ def test_check_space_returns_configurations_of_every_branch():
 def test_a_recipe_as_first_point_fixes_its_method_and_drops_what_the_space_does_not_ask():
     job = from_dict(Job, {"target": {"benchmark": "embedded"}, "search": {"first_points": ["zjuklab-model1"]}})
     space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {}, {"tuning": ["full"]})
-    configs, points = search.check_space(space, 0, job.first_points(), ["tuning"])
+    configs, points = check_space(space, 0, job.first_points(), ["tuning"])
     assert points[0]["space"] == "npo_kl_ce" and points[0]["forget_weight"] == 0.4 and "lora_rank" not in points[0]
     assert configs[-1].method == "npo_kl_ce" and configs[-1].kl_weight == 0.4
 
@@ -126,7 +127,7 @@ def test_a_recipe_as_first_point_fixes_its_method_and_drops_what_the_space_does_
 def test_a_first_point_with_a_value_that_the_space_does_not_offer_is_refused(point):
     space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {})
     with pytest.raises(InputError, match="the search space refuses a trial"):
-        search.check_space(space, 0, [FirstPoint(point, None)])
+        check_space(space, 0, [FirstPoint(point, None)])
 
 
 # -- merges ----------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_first_merges_are_the_ends_then_the_neighbours_around_one_half():
     points = merge_space().first_points()
     assert [(point["member_0"], point["member_1"]) for point in points] == [(0, 4), (2, 3), (1, 2), (0, 1), (3, 4)]
     study = random_study()
-    search.enqueue(study, points)
+    enqueue(study, points)
     recipe = merge_space().suggest(study.ask())
     assert recipe.members == [POOL[0], POOL[4]] and recipe.weights == [0.5, 0.5]
     assert recipe.densities == [0.8, 0.8] and recipe.lambda_ == 1.0
@@ -196,7 +197,7 @@ def test_first_points_are_points_of_their_space(methods):
     space = merge_space(methods=methods, layerwise=True, remerged=2)
     study = random_study()
     points = space.first_points()
-    search.enqueue(study, points)
+    enqueue(study, points)
     for point in points:
         recipe = space.suggest(study.ask())
         assert recipe.method == methods[0] and recipe.members == [POOL[point["member_0"]], POOL[point["member_1"]]]
@@ -258,36 +259,31 @@ def quick_study():
 
 
 class Scorers:
-    """ray.wait and ray.get over scores that are there at once."""
+    """Made-up outcomes of recipes, in the order in which they were started."""
 
-    class exceptions:
-        class RayError(Exception):
-            pass
+    def __init__(self, outcomes, size):
+        self.outcomes, self.size, self.running = outcomes, size, []
 
-    @staticmethod
-    def wait(references, num_returns):
-        return references[:1], references[1:]
+    @property
+    def free(self):
+        return len(self.running) < self.size
 
-    @staticmethod
-    def get(reference):
-        if reference.scores is None:
-            raise Scorers.exceptions.RayError("it broke")
-        return reference.scores
+    def start(self, name, recipe):
+        self.running.append((name, recipe))
 
-
-class Reference:
-    def __init__(self, scores):
-        self.scores = scores
+    def wait(self):
+        name, recipe = self.running.pop(0)
+        found = self.outcomes(recipe)
+        return name, found, "" if found else "it broke"
 
 
-def merges_of(study, monkeypatch, outcomes, missing, patience=0, actors=1):
-    """Runs search_merges over made-up outcomes, a function of (number, recipe); returns what was saved."""
-    monkeypatch.setattr(search, "ray", Scorers)
+def merges_of(study, outcomes, missing, patience=0, actors=1):
+    """Runs search_merges over made-up outcomes, a function of the recipe; returns what was saved."""
     saved = []
-    search.search_merges(
+    search_merges(
         study,
         merge_space(methods=["ties", "linear"], remerged=1),
-        [lambda recipe: Reference(outcomes(recipe)) for _ in range(actors)],
+        Scorers(outcomes, actors),
         lambda name, recipe, scores, reason, seconds: saved.append((name, recipe, scores, reason)),
         Growth([], FLOOR, 1),
         missing=missing,
@@ -298,12 +294,12 @@ def merges_of(study, monkeypatch, outcomes, missing, patience=0, actors=1):
 
 
 @pytest.mark.parametrize("actors", [1, 2])
-def test_a_merge_search_tries_segment_and_neighbours_first_and_records_failures(monkeypatch, actors):
+def test_a_merge_search_tries_segment_and_neighbours_first_and_records_failures(actors):
     def outcome(recipe):
         return None if recipe.method == "ties" else scores(0.6, 0.6, 0.6, auc=0.9)
 
     study = quick_study()
-    saved = merges_of(study, monkeypatch, outcome, 12, actors=actors)
+    saved = merges_of(study, outcome, 12, actors=actors)
     assert [name for name, *_ in saved] == [f"merge-{number:04d}" for number in range(12)]
     segment = [
         recipe for _, recipe, _, _ in saved if recipe.members == [POOL[0], POOL[4]] and recipe.densities == [1.0] * 2
@@ -315,8 +311,8 @@ def test_a_merge_search_tries_segment_and_neighbours_first_and_records_failures(
     assert len(study.trials) == 12
 
 
-def test_a_merge_search_ends_when_the_hypervolume_stops_growing(monkeypatch):
-    saved = merges_of(quick_study(), monkeypatch, lambda recipe: scores(0.6, 0.6, 0.6, auc=0.5), 40, patience=4)
+def test_a_merge_search_ends_when_the_hypervolume_stops_growing():
+    saved = merges_of(quick_study(), lambda recipe: scores(0.6, 0.6, 0.6, auc=0.5), 40, patience=4)
     assert len(saved) == 5
 
 
@@ -324,7 +320,7 @@ def test_merges_that_a_killed_driver_had_scored_are_told_and_others_are_queued_a
     for _ in range(2):
         study.ask().suggest_float("x", 0, 1)
     done = MergeRecord(id="merge-0001", status="finished", recipe={}, scores=scores(0.8, 0.8, 0.8))
-    search.recover_merges(study, [done], FLOOR)
+    recover_merges(study, [done], FLOOR)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "WAITING"]
     assert study.trials[1].values == [0.8, 0.8, 0.8]
     assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]

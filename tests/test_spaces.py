@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.recipes import recipes
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import METHODS, OPTIONS, parameters_of
-from ray_unlearn.recipes import recipes
-from ray_unlearn.spaces import NEEDS_MORE_DATA, find_space, known_spaces, load_space, trial_config
+from ray_unlearn.search.spaces import NEEDS_MORE_DATA, find_space, known_spaces, load_space, trial_config
 
 FIELDS = [field.name for field in dataclasses.fields(TrialConfig)]
 

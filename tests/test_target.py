@@ -8,17 +8,20 @@ import sys
 import pytest
 from small import SETTINGS
 
-from ray_unlearn import benchmark
-from ray_unlearn.data import load_documents, load_mmlu, load_pair
+from ray_unlearn.data.benchmarks import embedded as benchmark
+from ray_unlearn.data.questions import load_mmlu
+from ray_unlearn.data.rows import load_documents, load_pair
+from ray_unlearn.evaluation.scoring import evaluate_model
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import load_model, load_tokenizer
+from ray_unlearn.pipeline.target import build_embedded, build_target_at
 from ray_unlearn.schema import digest
-from ray_unlearn.scoring import EvalSet, EvalSettings, evaluate_model
-from ray_unlearn.target import build_embedded, build_target_at
 
 
 def test_data_are_the_same_in_another_process_with_another_hash_seed():
     program = (
-        "from ray_unlearn import benchmark; from ray_unlearn.schema import digest; import dataclasses;"
+        "from ray_unlearn.data.benchmarks import embedded as benchmark;"
+        "from ray_unlearn.schema import digest; import dataclasses;"
         "print(digest(dataclasses.asdict(benchmark.make(benchmark.EmbeddedSettings()))))"
     )
     import dataclasses

@@ -10,14 +10,16 @@ import psutil
 import pytest
 from small import SETTINGS
 
-from ray_unlearn import benchmark, cli
-from ray_unlearn.config import TrialConfig
-from ray_unlearn.data import load_documents, load_mmlu, load_pair
-from ray_unlearn.job import ResourcesPart
+from ray_unlearn import cli
+from ray_unlearn.config.job import ResourcesPart
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.data.benchmarks import embedded as benchmark
+from ray_unlearn.data.questions import load_mmlu
+from ray_unlearn.data.rows import load_documents, load_pair
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import save_model
 from ray_unlearn.records import load_records
 from ray_unlearn.schema import to_dict
-from ray_unlearn.scoring import EvalSet, EvalSettings
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +48,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray_here():
-    from ray_unlearn.cluster import cluster
+    from ray_unlearn.cluster.session import cluster
 
     with cluster("local", ResourcesPart(dashboard=False)):
         yield
@@ -55,8 +57,8 @@ def ray_here():
 @pytest.fixture
 def launch(place, ray_here, tmp_path):
     """Starts an executor of given resources; closes it afterwards."""
-    from ray_unlearn.executor import Executor
-    from ray_unlearn.workbench import BenchSpec, ModelSource
+    from ray_unlearn.cluster.executor import Executor
+    from ray_unlearn.cluster.model_transfer import BenchSpec, ModelSource
 
     started = []
 
@@ -84,7 +86,7 @@ def launch(place, ray_here, tmp_path):
 
 
 def outcome(handle, trial: TrialConfig, name: str = "trial-0000"):
-    from ray_unlearn.executor import events
+    from ray_unlearn.cluster.executor import events
 
     *_, (last, content) = events(handle, name, to_dict(trial))
     assert last == "ended"
@@ -120,7 +122,7 @@ def test_two_workers_with_zero_2_train_as_one_worker_without(launch, tmp_path):
 
 
 def test_warm_failures_are_records_and_a_killed_worker_gives_its_trial_back(launch, tmp_path):
-    from ray_unlearn.executor import events
+    from ray_unlearn.cluster.executor import events
 
     handle = launch(executor="warm")
     wild = {"learning_rate": 1e30, "method": "grad_ascent", "options": {}, "max_grad_norm": 1e30}

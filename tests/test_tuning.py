@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ray_unlearn.config import TrialConfig
+from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
-from ray_unlearn.masks import memflex_mask, sure_mask
-from ray_unlearn.tuning import Tuned, check_tuning, snapshot_bytes, trained_names
+from ray_unlearn.training.gradient_masks import memflex_mask, sure_mask
+from ray_unlearn.training.parameters import Tuned, check_tuning, snapshot_bytes, trained_names
 
 
 def full(**more):
@@ -148,7 +148,7 @@ def test_memflex_moves_tensors_where_forgetting_is_strong_and_disagrees_with_ret
 
 def test_saliency_is_taken_beside_the_accumulated_gradient():
     """Were it left in `.grad`, the backward pass of the whole loss would add to it, and the forget parts cancel."""
-    from ray_unlearn.trial import _Saliency
+    from ray_unlearn.training.gradient_masks import _Saliency
 
     weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     seen = {}
@@ -177,7 +177,7 @@ def test_saliency_is_taken_beside_the_accumulated_gradient():
 @pytest.mark.parametrize("split_gradient", [0.0, 1.0])
 def test_every_rank_averages_before_it_asks_whether_there_is_anything_to_mask(split_gradient):
     """A rank without forget rows of its own must still take part in the collective."""
-    from ray_unlearn.trial import _Saliency
+    from ray_unlearn.training.gradient_masks import _Saliency
 
     weight, calls = torch.nn.Parameter(torch.ones(2, 2)), []
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.factors import Factors
-from ray_unlearn.merging.stored import StoredTensors
 from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE, read_snapshot
+from ray_unlearn.models.stored_tensors import StoredTensors
 
 Files: TypeAlias = Mapping[str, Any]
 """A member's files: bytes, or anything with their buffer, by name. Nothing is copied out of the buffer."""

@@ -13,8 +13,8 @@ from ray_unlearn.files import publish
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import Combiner
 from ray_unlearn.merging.members import Source
-from ray_unlearn.merging.stored import StoredTensors
 from ray_unlearn.models.loading import empty_model, load_model, load_tokenizer
+from ray_unlearn.models.stored_tensors import StoredTensors
 
 
 def write_merge(recipe: MergeRecipe, base: str, members: Mapping[str, Source], out: Path) -> None:

@@ -1,0 +1,184 @@
+"""The commands as functions: typed results, InputError for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.cluster.evaluators import workers as workers_of
+from ray_unlearn.data.questions import load_mmlu
+from ray_unlearn.data.rows import check_cells, load_documents, load_pair
+from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation.evaluator import Evaluation, device
+from ray_unlearn.evaluation.metric_suite import DIFFERENCES, check_inputs
+from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, read_losses, read_predictions
+from ray_unlearn.evaluation.scoring import Measured, make_scores
+from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.files import claim_file, write_json, write_text
+from ray_unlearn.models.loading import check_model
+from ray_unlearn.records import Example, Scores
+
+
+def evaluate(
+    model: str,
+    forget: str,
+    retain: str,
+    *,
+    adapter: str | None = None,
+    mia_member: str | None = None,
+    mia_nonmember: str | None = None,
+    mmlu: str | None = None,
+    official: bool = False,
+    dtype: str = "float32",
+    skip_bad_rows: bool = False,
+    out: str | Path | None = None,
+    predictions: str | Path | None = None,
+    losses: str | Path | None = None,
+    cache: str | Path | None = None,
+    workers: int = 1,
+    gpus_per_worker: float = 0,
+    address: str | None = None,
+    metrics: Sequence[str] = (),
+    reference: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Scores:
+    """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
+
+    `metrics` are further ones by name (METRICS); `reference` is a model trained without the forget set, which some of
+    them need and all are then compared with; given alone, it is for the score differences.
+
+    With one worker it runs in this process, with more on as many Ray actors; the scores are the
+    same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
+    computed again.
+
+    `official` is the shared task's procedure: its twelve terms, raw prompts, greedy decoding of 256
+    tokens, no cut but the context's end, 5-shot letters on MMLU, bfloat16 (float32 where there is no
+    GPU). Left out are its accidents: results read back from CSV, where an empty generation and the
+    texts NA and None become `nan`; rows that several processes score twice to fill their shares; and
+    pandas' reading of MMLU, which writes a column of numbers anew (2 as 2.0). Its loss of input and
+    output joined without a space enters no score and is not computed.
+    """
+    if (mia_member is None) != (mia_nonmember is None):
+        raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
+    if losses is not None and mia_member is None:
+        raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
+    if workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}.")
+    for file in (out, predictions, losses):
+        claim_file(file)
+    if official:
+        settings |= OFFICIAL
+        on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
+        dtype = "bfloat16" if on_gpu else "float32"
+    chosen = EvalSettings(**settings)
+    for path in (model, reference):
+        if path is not None:
+            check_model(path)
+    data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
+    names = check_inputs(metrics or [DIFFERENCES] * (reference is not None), data, reference is not None)
+    if official:
+        check_terms({f"{e.task}/{e.kind}" for e in data.forget})
+        check_shots(data, chosen.mmlu_shots)
+    job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
+    with workers_of(workers, gpus_per_worker, address, log) as each:
+        measured = job.measure(each, cache, log)
+        scores = job.scores(measured)
+        if names:
+            more = job.more(names, measured.texts, scores, reference, each, cache, log)
+            scores = dataclasses.replace(scores, metrics=more)
+    _write_measured(data, measured, predictions, losses)
+    if out is not None:
+        write_json(Path(out), scores.to_json())
+    return scores
+
+
+def _write_measured(
+    data: EvalSet, measured: Measured, predictions: str | Path | None, losses: str | Path | None
+) -> None:
+    """The files that `score` reads, where asked for."""
+    if predictions is not None:
+        write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in prediction_rows(data, measured.texts)))
+    if losses is not None:
+        count = len(data.members)
+        write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
+
+
+def eval_set(
+    forget: str,
+    retain: str,
+    mia_member: str | None = None,
+    mia_nonmember: str | None = None,
+    mmlu: str | None = None,
+    skip_bad_rows: bool = False,
+) -> EvalSet:
+    """The files as an EvalSet, checked; parts without a file stay empty."""
+    left, right = load_pair(forget, retain, skip_bad_rows)
+    members = load_documents(mia_member, skip_bad_rows) if mia_member else []
+    nonmembers = load_documents(mia_nonmember, skip_bad_rows) if mia_nonmember else []
+    dev, questions = load_mmlu(mmlu) if mmlu else ({}, [])
+    return EvalSet(
+        forget=left.examples,
+        retain=right.examples,
+        members=members,
+        nonmembers=nonmembers,
+        dev=dev,
+        questions=questions,
+    )
+
+
+# -- scoring generations made elsewhere ----------------------------------------------------------
+
+
+def score(
+    predictions: str | Path,
+    *,
+    mia: str | Path | None = None,
+    mmlu_accuracy: float | None = None,
+    official: bool = False,
+    forget: str | None = None,
+    retain: str | None = None,
+    out: str | Path | None = None,
+) -> Scores:
+    """Scores a predictions file; needs no model, Ray or GPU. Writes scores.json to `out` where given.
+
+    With the `forget` and `retain` files that were asked, every row of theirs must be there.
+    """
+    claim_file(out)
+    if (forget is None) != (retain is None):
+        raise InputError("give both --forget and --retain, or neither.")
+    rows, places = read_predictions(predictions)
+    if forget is not None and retain is not None:
+        check_complete(str(predictions), places, {"forget": forget, "retain": retain})
+    splits = {
+        split: [Example(id="", input="", output="", task=row[1], kind=row[2]) for row in rows if row[0] == split]
+        for split in ("forget", "retain")
+    }
+    check_cells(splits["forget"], splits["retain"])
+    if official:
+        check_terms({f"{row.task}/{row.kind}" for row in splits["forget"]})
+    if mmlu_accuracy is not None and not (math.isfinite(mmlu_accuracy) and 0 <= mmlu_accuracy <= 1):
+        raise InputError(f"--mmlu-accuracy must be in [0, 1], got {mmlu_accuracy}.")
+    members, nonmembers = ((), ()) if mia is None else read_losses(Path(mia))
+    scores = make_scores(
+        rows,
+        [name for _, name in places],
+        {"predictions": str(predictions)},
+        members=members,
+        nonmembers=nonmembers,
+        utility=mmlu_accuracy,
+    )
+    if out is not None:
+        write_json(Path(out), scores.to_json())
+    return scores
+
+
+# -- one trial -----------------------------------------------------------------------------------
+
+
+# -- merging -------------------------------------------------------------------------------------

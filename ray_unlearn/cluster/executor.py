@@ -1,0 +1,247 @@
+"""Trials on Ray Train workers: cold, a Train run each, or warm, long-lived runs that lease them.
+
+The only owner of ray.train.
+Both ways speak to one Keeper, which queues trials, collects what they post, and writes it down.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ray_unlearn.cluster.coordinator import MAX_ATTEMPTS, MAX_STARTS, Keeper
+from ray_unlearn.cluster.model_transfer import BenchSpec, open_bench
+from ray_unlearn.config.job import ResourcesPart
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.schema import from_dict
+
+ZERO_3_TRIALS_PER_PROCESS = 8
+"""DeepSpeed leaks memory when stage 3 engines are made again in one process (its issue 7204)."""
+
+
+class TrainWorker:
+    """A Ray Train worker as the trial loop sees it (trial.Worker)."""
+
+    def __init__(self, keeper: Any, slot: int) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.keeper, self.slot, self.trial_id = keeper, slot, ""
+        self.known: dict[str, Any] = {}
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        if self.world == 1:
+            return items
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return list(itertools.chain.from_iterable(parts))
+
+    def agree(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor([value], device=ray.train.torch.get_device())
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return float(tensor)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        ray.train.report({"trial": self.trial_id, **metrics})
+
+    def post(self, event: str, **content: Any) -> None:
+        if self.rank == 0:
+            ray.get(self.keeper.post.remote(self.slot, self.trial_id, event, content))
+
+    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            found = ray.get(self.keeper.shared.remote(name))
+            if found is None:
+                found = make()
+                # By value: an object that this worker owned would end with it, and a cold trial's workers end.
+                ray.get(self.keeper.share.remote(name, found))
+            self.known[name] = found
+        return self.known[name]
+
+
+def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], bench: Any) -> None:
+    """One trial; an exception is posted as the reason, then ends the worker group, so that ranks never disagree."""
+    from ray_unlearn.training.loop import run_trial
+
+    worker.trial_id = trial_id
+    try:
+        run_trial(from_dict(TrialConfig, config), bench, worker)
+    except Exception as error:
+        traceback.print_exc()
+        worker.post("error", reason=f"{type(error).__name__}: {error}")
+        if worker.world > 1:
+            raise
+        worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
+
+
+def _open_bench(config: dict[str, Any]) -> Any:
+    """The Bench on the device that Ray gave this worker; a GPU that it did not give is left alone."""
+    import torch
+
+    device = ray.train.torch.get_device()
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"  # read when deepspeed is imported
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config["threads"])))
+    return open_bench(config["spec"], str(device))
+
+
+def cold_worker(config: dict[str, Any]) -> None:
+    """train_loop_per_worker of one trial's own Train run."""
+    worker, bench = TrainWorker(config["keeper"], config["slot"]), _open_bench(config)
+    started = ray.get(worker.keeper.begin.remote(config["trial_id"])) if worker.rank == 0 else None
+    if worker.broadcast(started):
+        _run(worker, config["trial_id"], config["config"], bench)
+
+
+def warm_worker(config: dict[str, Any]) -> None:
+    """train_loop_per_worker of a slot: lives for the whole search and leases one trial after another."""
+    worker = TrainWorker(config["keeper"], config["slot"])
+    epoch = worker.broadcast(ray.get(worker.keeper.hello.remote(worker.slot)) if worker.rank == 0 else None)
+    if epoch == 0:
+        return
+    bench = _open_bench(config)
+    import deepspeed  # noqa: F401  # the slow imports are paid here, not in the first trial
+    import peft  # noqa: F401
+
+    if worker.rank == 0:
+        ray.get(worker.keeper.ready.remote(worker.slot))
+    stage_3_trials = 0
+    while True:
+        lease = ray.get(worker.keeper.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
+        what, trial_id, trial = worker.broadcast(lease)
+        if what == "close":
+            return
+        if what == "run":
+            _run(worker, trial_id, trial, bench)
+            stage_3_trials += trial["zero_stage"] == 3
+            if stage_3_trials >= ZERO_3_TRIALS_PER_PROCESS:
+                raise RuntimeError("recycling the workers: DeepSpeed stage 3 engines leak memory in one process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handle:
+    """What any process of the cluster needs to run trials through an executor."""
+
+    keeper: Any
+    spec: Any
+    resources: ResourcesPart
+    storage: str
+
+    def trainer(self, loop: Any, name: str, max_failures: int, **extra: Any) -> TorchTrainer:
+        """A Ray Train run of `loop` on one trial's workers. `name` must never have been used: a known one resumes."""
+        resources = self.resources
+        needs: dict[str, float] = {"CPU": resources.cpus_per_worker}
+        if resources.gpus_per_worker:
+            needs["GPU"] = resources.gpus_per_worker
+        common = {"keeper": self.keeper, "spec": self.spec, "slot": 0, "threads": resources.cpus_per_worker}
+        return TorchTrainer(
+            loop,
+            train_loop_config=common | extra,
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=needs
+            ),
+            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+            run_config=RunConfig(
+                name=name, storage_path=self.storage, failure_config=FailureConfig(max_failures=max_failures)
+            ),
+        )
+
+
+class Executor:
+    """Owns a search's Keeper and, when warm, the long-lived Train runs; `handle` lets others run trials on them."""
+
+    def __init__(self, run_dir: Path, spec: BenchSpec, resources: ResourcesPart, storage: Path | str) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        keeper = ray.remote(Keeper).options(num_cpus=0, max_concurrency=256, scheduling_strategy=here)
+        self.handle = Handle(
+            keeper=keeper.remote(str(run_dir), resources.concurrency),
+            spec=ray.put(spec),
+            resources=resources,
+            storage=str(storage),
+        )
+        self.threads: list[threading.Thread] = []
+        self.closing = False
+        if resources.executor == "warm":
+            for slot in range(resources.concurrency):
+                name = f"slot-{slot}-{_stamp()}"
+                thread = threading.Thread(target=self._serve, args=(slot, name), name=name, daemon=True)
+                thread.start()
+                self.threads.append(thread)
+
+    def _serve(self, slot: int, name: str) -> None:
+        try:
+            self.handle.trainer(warm_worker, name, -1, slot=slot).fit()
+            reason = f"they failed {MAX_STARTS} times before their first trial; see Ray's worker logs"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if not self.closing:
+            ray.get(self.handle.keeper.slot_lost.remote(slot, reason))
+
+    def close(self) -> None:
+        """Ends the warm workers and waits for their Train runs."""
+        self.closing = True
+        ray.get(self.handle.keeper.close.remote())
+        for thread in self.threads:
+            thread.join(30)
+        ray.kill(self.handle.keeper)
+
+
+def _stamp() -> str:
+    return f"{os.getpid()}-{time.time_ns() // 1_000_000}"
+
+
+def events(handle: Handle, trial_id: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs a trial and yields its events: ("snapshot", objectives) as they come, then ("ended", {status, reason})."""
+    warm = handle.resources.executor == "warm"
+    ray.get(handle.keeper.submit.remote(trial_id, config, warm))
+    thread = None
+    if not warm:
+        thread = threading.Thread(target=_fit_cold, args=(handle, trial_id, config), daemon=True)
+        thread.start()
+    while True:
+        name, content = ray.get(handle.keeper.next_event.remote(trial_id))
+        if name == "ended" and thread is not None:
+            thread.join(60)  # its workers free their CPUs before the next trial asks for them
+        yield name, content
+        if name == "ended":
+            return
+
+
+def _fit_cold(handle: Handle, trial_id: str, config: dict[str, Any]) -> None:
+    """A Train run for one trial; whatever ends it without a record is the reason of a failed one."""
+    reason = "the Train run ended without a result"
+    try:
+        name = f"{trial_id}-{_stamp()}"
+        handle.trainer(cold_worker, name, MAX_ATTEMPTS - 1, trial_id=trial_id, config=config).fit()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    ray.get(handle.keeper.fail.remote(trial_id, reason))

@@ -1,0 +1,1 @@
+"""What a user states: a trial, a job, published recipes."""

@@ -1,0 +1,382 @@
+"""Jobs: one YAML file that says everything a run needs; its parts, defaults, overrides and comparison."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.config.recipes import recipe, recipes
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
+from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation.spec import EvalSettings
+from ray_unlearn.losses import OPTIONS
+from ray_unlearn.merging import MERGES
+from ray_unlearn.models.loading import DTYPES
+from ray_unlearn.schema import from_dict, one_of, require, to_dict
+
+VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
+RECIPE_KEYS = [
+    *"forget_weight retain_weight kl_weight forget_on kl_on epochs schedule chunk_size tuning lora_rank".split(),
+    *OPTIONS,
+]
+"""What a recipe says as a first point. Learning rate and batch depend on the model's size: the space says those."""
+
+
+@dataclass(frozen=True)
+class FirstPoint:
+    """Searched parameters to try first, and the recipe they are of, whose keys the space need not all ask for."""
+
+    parameters: dict[str, Any]
+    recipe: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """The model that is to forget."""
+
+    path: str | None = None
+    """Directory, .gguf file or hub id; null when `target` makes the model."""
+    dtype: str = "float32"
+    """Precision of training and scoring; float32 on CPU, bfloat16 on GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPart:
+    """How to make the model, where it is not given."""
+
+    benchmark: str | None = None
+    """`embedded` builds the embedded benchmark, its data included."""
+    settings: EmbeddedSettings = field(default_factory=EmbeddedSettings)
+    """Sizes of the embedded benchmark."""
+    base: str | None = None
+    """A base model to fine-tune on the forget and retain rows."""
+    epochs: int = 10
+    batch_size: int = 8
+    learning_rate: float = 2e-4
+    cache: str = "~/.cache/ray_unlearn"
+    """Folder of finished targets, by digest of what made them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """Files; with the embedded benchmark those left null are the benchmark's own."""
+
+    forget: str | None = None
+    retain: str | None = None
+    mia_member: str | None = None
+    mia_nonmember: str | None = None
+    """Unseen documents: the search sees every other one, the final score the rest."""
+    mmlu: str | None = None
+    """Folder with dev/ and test/, the utility test."""
+    limit: dict[str, Any] | int | None = None
+    """Documents kept of each task: one number, or one for each task; null for all."""
+    mia_limit: int | None = None
+    """Members, and twice as many non-members, that are kept; null for all."""
+    skip_bad_rows: bool = False
+    """Drop and count bad rows instead of refusing the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPart:
+    """How every model of the run generates."""
+
+    max_new_tokens: int = 256
+    """Tokens generated at most for a row (the organisers' 256)."""
+    batch_size: int = 32
+    """Rows in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MmluPart:
+    """How utility is measured."""
+
+    mode: str = "letters"
+    """`letters`: next-token probabilities of A-D; `cloze`: length-normalised log-probability of the option texts."""
+    shots: int = 5
+    """Solved examples before a question, in `letters` mode."""
+    limit: int | None = None
+    """Questions kept, evenly over the subjects; null for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPart:
+    """The search over trials."""
+
+    trials: int = 24
+    spaces: list[str] = field(default_factory=lambda: ["npo_kl_ce", "ascent_kl_ce"])
+    """Names of shipped spaces, or paths of .py files; which one a trial uses is itself searched."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """TrialConfig fields that every trial gets whatever its space says."""
+    ranges: dict[str, Any] = field(default_factory=dict)
+    """Searched parameter -> [low, high] or list of choices, in place of the space's own."""
+    first_points: list[Any] = field(default_factory=list)
+    """Recipe names, or mappings of searched parameters, that are tried first."""
+    startup: int = 8
+    """Trials before the sampler learns from them (first points included)."""
+    storage: str | None = None
+    """RDB URL of the Optuna studies; null for study.db in the run's directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesPart:
+    """Machines of one trial, and how many trials run side by side."""
+
+    workers: int = 1
+    """Ray Train workers of a trial."""
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    concurrency: int = 1
+    """Trials side by side; each gets its own workers."""
+    executor: str = "warm"
+    """`warm`: long-lived workers, libraries and base loaded once; `cold`: a Train run for each trial."""
+    shared_storage: bool | None = None
+    """Whether all nodes see the model's path and the run's directory; null: only on a cluster this run starts.
+    Where they do not, models, data and snapshots travel through Ray."""
+    storage: str | None = None
+    """Folder or URI (s3://...) that all nodes can write, for Ray Train's own files; null for the run's directory,
+    which on several nodes must then be shared."""
+    dashboard: bool = True
+    """Whether a cluster that this run starts gets Ray's dashboard."""
+
+    def __post_init__(self) -> None:
+        one_of("resources.executor", self.executor, ("warm", "cold"))
+        for name in ("workers", "concurrency"):
+            require(getattr(self, name) >= 1, f"resources.{name} must be at least 1, got {getattr(self, name)}.")
+        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
+        require(0 < cpus < math.inf, f"resources.cpus_per_worker must be above 0, got {cpus}.")
+        require(0 <= gpus < math.inf, f"resources.gpus_per_worker must be at least 0, got {gpus}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePart:
+    """The search over merges of front members."""
+
+    candidates: int = 24
+    """Merges tried at most; 0 for none."""
+    patience: int = 16
+    """Merges without growth of the hypervolume after which the search ends; 0 tries all `candidates`."""
+    methods: list[str] = field(default_factory=lambda: ["ties", "linear"])
+    """The first points are the first one's; the segment between the two ends is `linear`'s where it is among them."""
+    max_members: int = 3
+    pool: int = 8
+    """Snapshots offered at most: the front first, then the best by final."""
+    remerged: int = 2
+    """Merges of the front that may become members of later merges."""
+    layerwise: bool = True
+    """Whether weights that change from the first layer to the last are tried too."""
+    startup: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPart:
+    """Published recipes side by side, in place of a search."""
+
+    recipes: list[str] = field(default_factory=list)
+    """Names of recipes, or `all`; empty for a search."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each recipe is run with each of them."""
+    scale_to_model: bool = False
+    """Whether layers, learning rate and batch are adapted to the model; what was changed is in the table."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "comparison.seeds is empty; give at least one.")
+        for name in self.names():
+            recipe(name)
+
+    def names(self) -> list[str]:
+        """The recipes' names in order."""
+        return list(recipes()) if self.recipes == ["all"] else self.recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionPart:
+    """How the delivered model is chosen."""
+
+    utility_floor: float = 0.75
+    """A candidate is feasible if its utility is above this share of the target's."""
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Of task aggregate, MIA score and utility; equal ones choose by `final`."""
+    examples: int = 4
+    """Rows of each split, task and kind shown before and after in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs."""
+
+    seed: int = 0
+    model: ModelPart = field(default_factory=ModelPart)
+    target: TargetPart = field(default_factory=TargetPart)
+    data: DataPart = field(default_factory=DataPart)
+    evaluation: EvaluationPart = field(default_factory=EvaluationPart)
+    mmlu: MmluPart = field(default_factory=MmluPart)
+    search: SearchPart = field(default_factory=SearchPart)
+    resources: ResourcesPart = field(default_factory=ResourcesPart)
+    merge: MergePart = field(default_factory=MergePart)
+    comparison: ComparisonPart = field(default_factory=ComparisonPart)
+    selection: SelectionPart = field(default_factory=SelectionPart)
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.model.dtype, DTYPES)
+        given = [self.model.path, self.target.benchmark, self.target.base]
+        require(
+            sum(value is not None for value in given) == 1,
+            "exactly one of model.path, target.benchmark and target.base must be given, got "
+            f"model.path={given[0]!r}, target.benchmark={given[1]!r}, target.base={given[2]!r}.",
+        )
+        if self.target.benchmark is not None:
+            one_of("target.benchmark", self.target.benchmark, ("embedded",))
+        else:
+            for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
+                require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
+        self._check_numbers()
+        assert self.eval_settings
+        for name in self.merge.methods:
+            one_of("merge.methods", name, tuple(MERGES))
+        shared = {key: value for key, value in self.search.fixed.items() if key not in OPTIONS}
+        from_dict(TrialConfig, shared, "search.fixed")  # a method's own parameters are checked with the method
+        self.first_points()
+
+    @property
+    def eval_settings(self) -> EvalSettings:
+        """How a model is scored; also checks the parts that say it."""
+        return EvalSettings(
+            max_new_tokens=self.evaluation.max_new_tokens,
+            batch_size=self.evaluation.batch_size,
+            mmlu_mode=self.mmlu.mode,
+            mmlu_shots=self.mmlu.shots,
+        )
+
+    def _check_numbers(self) -> None:
+        data, search, merge, selection = self.data, self.search, self.merge, self.selection
+        settings = {f"target.settings.{key}": value for key, value in self.target.settings.__dict__.items()}
+        learning_rate = settings.pop("target.settings.learning_rate")
+        settings.pop("target.settings.seed")
+        at_least_1 = settings | {
+            "search.trials": search.trials,
+            "merge.max_members": merge.max_members,
+            "merge.pool": merge.pool,
+            "target.epochs": self.target.epochs,
+            "target.batch_size": self.target.batch_size,
+            "data.mia_limit": 1 if data.mia_limit is None else data.mia_limit,
+            "mmlu.limit": 1 if self.mmlu.limit is None else self.mmlu.limit,
+        }
+        limits = data.limit if isinstance(data.limit, dict) else {"": 1 if data.limit is None else data.limit}
+        for task, limit in limits.items():
+            require(isinstance(limit, int), f"data.limit takes whole numbers, got {limit!r} for {task!r}.")
+            at_least_1[f"data.limit {task}".strip()] = limit
+        for name, value in at_least_1.items():
+            require(value >= 1, f"{name} must be at least 1, got {value}: a budget of 0 does nothing.")
+        at_least_0 = {
+            "merge.candidates": merge.candidates,
+            "merge.startup": merge.startup,
+            "merge.patience": merge.patience,
+            "merge.remerged": merge.remerged,
+            "search.startup": search.startup,
+            "selection.examples": selection.examples,
+        }
+        for name, number in at_least_0.items():
+            require(number >= 0, f"{name} must be at least 0, got {number}.")
+        above_0 = {
+            "target.learning_rate": self.target.learning_rate,
+            "target.settings.learning_rate": learning_rate,
+        }
+        for name, number in above_0.items():
+            require(math.isfinite(number) and number > 0, f"{name} must be a number above 0, got {number}.")
+        floor, weights = selection.utility_floor, selection.weights
+        require(0 < floor <= 1, f"selection.utility_floor must be in (0, 1], got {floor}.")
+        require(
+            len(weights) == 3 and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0,
+            f"selection.weights must be three numbers of at least 0, not all 0, got {weights}.",
+        )
+        require(bool(merge.methods), "merge.methods is empty; name at least one: " + ", ".join(MERGES))
+
+    @property
+    def trials(self) -> int:
+        """Trials that the job makes: the search's budget, or each recipe of a comparison with each seed."""
+        names = [name for name in self.comparison.names() if recipe(name).config]
+        return len(names) * len(self.comparison.seeds) if names else self.search.trials
+
+    def first_points(self) -> list[FirstPoint]:
+        """The first points as mappings of searched parameters; recipe names are looked up."""
+        points: list[FirstPoint] = []
+        for point in self.search.first_points:
+            if isinstance(point, str):
+                stated, checked = recipe(point).config, to_dict(recipe(point).trial())
+                checked |= checked["options"]
+                chosen = {key: checked[key] for key in RECIPE_KEYS if key in stated}
+                points.append(FirstPoint({"space": checked["method"], **chosen}, point))
+            elif isinstance(point, dict):
+                points.append(FirstPoint(point, None))
+            else:
+                raise InputError(
+                    f"search.first_points takes recipe names ({', '.join(recipes())}) or mappings, got {point!r}."
+                )
+        return points
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> Job:
+    """The job of a YAML file, with `key=value` overrides (dotted keys, YAML values) applied."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such job file: {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable YAML: {error}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a mapping of keys to values, got {data!r:.60}.")
+    for override in overrides or []:
+        apply_override(data, override)
+    return from_dict(Job, _expand(data))
+
+
+def _expand(value: Any) -> Any:
+    """Environment variables (`$LUME/forget.jsonl`) in every text of a job; an unset one is refused."""
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if not isinstance(value, str) or "$" not in value:
+        return value
+    expanded = os.path.expandvars(value)
+    if VARIABLE.search(expanded):
+        raise InputError(
+            f"{value!r} names an environment variable that is not set: export it, or give the value by --set."
+        )
+    return expanded
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one dotted key of plain nested mappings to a YAML value, in place."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise InputError(f"--set takes key=value with a dotted key, got {override!r}.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {override}: {parent!r} is not a mapping.")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not YAML: {error}") from error
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], where: str = "") -> list[str]:
+    """Dotted keys in which two jobs differ, with both values."""
+    found = []
+    for key in sorted({*a, *b}):
+        left, right, name = a.get(key), b.get(key), f"{where}{key}"
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{name}.")
+        elif left != right:
+            found.append(f"{name}: {left!r} there, {right!r} now")
+    return found

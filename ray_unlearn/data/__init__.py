@@ -1,0 +1,1 @@
+"""Files to checked rows, rows to tokens."""

@@ -1,0 +1,1 @@
+"""Data sets that the project knows or makes."""

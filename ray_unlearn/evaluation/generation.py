@@ -1,0 +1,112 @@
+"""Examples to what a model says about them: exactly as greedy decoding goes, or no more of it than scores need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray_unlearn.data.tokens import encode
+from ray_unlearn.errors import InputError
+from ray_unlearn.metrics.generation import rouge_l_recall
+from ray_unlearn.models.decoding import greedy
+from ray_unlearn.models.forward import context_of
+from ray_unlearn.records import Example
+
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+LOOK_EVERY = 16
+"""New tokens between two looks at whether a completion's score can still change."""
+UNSURE_WORDS = 3
+"""Words at a text's end that its next tokens may still change: one unfinished, and what CLEAN_UP may join to it."""
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of new tokens: special tokens skipped, tokenisation spaces cleaned up."""
+    return clean_up(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def clean_up(text: str) -> str:
+    """The space removals of transformers 4's `clean_up_tokenization_spaces=True`, there made for every tokenizer.
+
+    Version 5 ignores the flag for BPE tokenizers; the official scores were made with it.
+    """
+    for spaced, tight in CLEAN_UP:
+        text = text.replace(spaced, tight)
+    return text
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    exact_texts: bool = True,
+) -> list[str]:
+    """What the model says after each raw prompt. Without `exact_texts` a row ends as soon as its score is certain:
+    its text is then a beginning of the model's, and scores the same."""
+    encoded = [encode(tokenizer, row.input, row.output) for row in rows]
+    new = greedy(
+        model,
+        [row.ids[: row.prompt] for row in encoded],
+        max_new_tokens,
+        tokenizer,
+        [row.ids[row.prompt :] for row in encoded],
+        batch_size=batch_size,
+        settled=lambda index, ids: not exact_texts and certain(tokenizer, rows[index], ids),
+    )
+    return [decode(tokenizer, ids) for ids in new]
+
+
+def certain(tokenizer: Any, row: Example, ids: Sequence[int]) -> bool:
+    """Whether a row's score is the same for every continuation of these new ids.
+
+    A question is answered wrongly once the text is no beginning of the answer; a completion has
+    full recall once its finished words have.
+    """
+    if row.kind == "qa":
+        return not _letters(row.output).startswith(_letters(decode(tokenizer, ids)).rstrip("\ufffd"))
+    if len(ids) % LOOK_EVERY:
+        return False
+    finished = decode(tokenizer, ids).split()[:-UNSURE_WORDS]
+    return rouge_l_recall(row.output, " ".join(finished)) == 1.0
+
+
+def _letters(text: str) -> str:
+    """What two texts that are equal after strip().lower() have in common, at each of their beginnings too.
+
+    Spaces go, since clean_up may still remove them; casefold makes a final sigma a sigma.
+    """
+    return "".join(text.lower().casefold().split())
+
+
+def check_prompts(model: Any, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int) -> list[str]:
+    """Refuses prompts that fill the model's context; returns a line for each row whose generation it will cut.
+
+    The organisers set no limit, and would let the model run past its context.
+    """
+    context = context_of(model)
+    if context is None or not rows:
+        return []
+    lengths = [len(ids) for ids in tokenizer([row.input for row in rows])["input_ids"]]
+    for row, length in zip(rows, lengths, strict=True):
+        if length >= context:
+            raise InputError(
+                f"row {row.id!r}: its prompt has {length} tokens, and the model's context is {context}: no room to "
+                "answer. Drop the row, or use a model with a longer context."
+            )
+    return [
+        f"row {row.id!r}: its prompt has {length} tokens; its generation ends with the context after {context - length}"
+        for row, length in zip(rows, lengths, strict=True)
+        if length + max_new_tokens > context
+    ]

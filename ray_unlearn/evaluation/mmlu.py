@@ -1,0 +1,220 @@
+"""MMLU: what is asked, in which words, and which option a model chooses. Shared prefixes are computed once."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ray_unlearn.data.questions import Question
+from ray_unlearn.data.tokens import encode
+from ray_unlearn.errors import InputError
+from ray_unlearn.models.forward import (
+    MAX_LOGITS,
+    MAX_TOKENS,
+    batches,
+    context_of,
+    device_of,
+    picked_logits,
+    remembers_all,
+    right_padded,
+    vocabulary_of,
+)
+from ray_unlearn.models.likelihood import row_losses, token_losses
+
+PROMPT_LIMIT = 2048
+"""Tokens of a few-shot prompt in Open-Instruct; shots are dropped beyond it."""
+MAX_CACHED = 4 * MAX_TOKENS
+"""Tokens, prefixes included, whose keys and values one batch of questions may hold."""
+
+
+def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokenizer: Any, limit: int) -> str:
+    """Open-Instruct's MMLU prompt: header, solved examples, the question; shots are dropped beyond `limit` tokens.
+
+    The header's two spaces before the subject are Open-Instruct's (format_subject).
+    """
+    header = f"The following are multiple choice questions (with answers) about  {question.subject.replace('_', ' ')}."
+    solved = [_block(shot) + f" {'ABCD'[shot.answer]}\n\n" for shot in dev[:shots]]
+    while True:
+        prompt = f"{header}\n\n" + "".join(solved) + _block(question)
+        if not solved or len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) <= limit:
+            return prompt
+        solved.pop()
+
+
+def _block(question: Question) -> str:
+    options = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True))
+    return f"{question.question}{options}\nAnswer:"
+
+
+def letter_choices(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    dev: dict[str, list[Question]],
+    shots: int,
+    batch_size: int,
+) -> list[int]:
+    """Index of the most probable next token among " A", " B", " C", " D" after the few-shot prompt.
+
+    The questions of a subject share the tokens of their header and examples, which are computed
+    once. Raises InputError for letters that are one token, and for NaN logits.
+    """
+    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
+    if len(set(letters)) < 4:
+        raise InputError(
+            f"the tokenizer does not tell the letters A to D apart: their last ids are {letters}. "
+            "Score the option texts instead (mmlu.mode: cloze)."
+        )
+    context = context_of(model)
+    limit = PROMPT_LIMIT if context is None else min(PROMPT_LIMIT, context - 1)
+    texts = [mmlu_prompt(q, dev.get(q.subject, []), shots, tokenizer, limit) for q in questions]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    _check_context([len(prompt) for prompt in prompts], context)
+    chosen = [0] * len(prompts)
+    shared = [text.removesuffix(_block(question)) for text, question in zip(texts, questions, strict=True)]
+    for prefix, group in _by_prefix(model, shared, prompts):
+        for index, values in _last_logits(model, tokenizer.pad_token_id, prompts, prefix, group, batch_size):
+            chosen[index] = int(_finite(values[letters]).argmax())
+    return chosen
+
+
+def _by_prefix(
+    model: Any, shared: Sequence[str], prompts: Sequence[tuple[int, ...]]
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Groups of prompts whose texts begin with the same header and examples, and the tokens that they share.
+
+    Prompts that are alone with theirs are one group, which shares nothing.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, text in enumerate(shared):
+        groups.setdefault(text, []).append(index)
+    if not remembers_all(model, max(map(len, prompts), default=0)):
+        return [((), list(range(len(prompts))))]
+    found: list[tuple[tuple[int, ...], list[int]]] = []
+    alone: list[int] = []
+    for group in groups.values():
+        if len(group) == 1:
+            alone += group
+            continue
+        common = len(os.path.commonprefix([prompts[i] for i in group]))
+        shortest = min(len(prompts[i]) for i in group)
+        found.append((prompts[group[0]][: min(common, shortest - 1)], group))
+    return [*found, ((), alone)] if alone else found
+
+
+def _last_logits(
+    model: Any,
+    pad: int,
+    prompts: Sequence[tuple[int, ...]],
+    prefix: tuple[int, ...],
+    group: Sequence[int],
+    batch_size: int,
+) -> list[tuple[int, Tensor]]:
+    """(index, logits [V] after its last token) of each prompt of a group."""
+    from ray_unlearn.models.kv_cache import selected, whole_cache
+
+    device = device_of(model)
+    filled = None
+    if prefix:
+        filled = whole_cache()
+        model(input_ids=torch.tensor([prefix], device=device), past_key_values=filled, use_cache=True, logits_to_keep=1)
+    rests = [prompts[i][len(prefix) :] for i in group]
+    found = []
+    most = max(1, min(batch_size, MAX_CACHED // max(1, max(len(prompts[i]) for i in group))))
+    for batch in batches([len(rest) for rest in rests], most, MAX_TOKENS):
+        ids = right_padded([rests[i] for i in batch], pad, device)
+        rows = torch.arange(len(batch), device=device)
+        last = torch.tensor([len(rests[i]) - 1 for i in batch], device=device)
+        cache = selected(filled, torch.zeros_like(rows)) if filled is not None else None
+        logits, _ = picked_logits(model, rows, last, input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        found += [(group[i], values) for i, values in zip(batch, logits, strict=True)]
+    return found
+
+
+def cloze_choices(model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int) -> list[int]:
+    """Index of the option text with the lowest mean token loss after the bare question, computed once for the four."""
+    rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
+    longest = max((len(row.ids) for row in rows), default=0)
+    _check_context([max(len(row.ids) for row in rows[i : i + 4]) for i in range(0, len(rows), 4)], context_of(model))
+    for number, row in enumerate(rows):
+        if len(row.ids) == row.prompt:
+            raise InputError(f"option {'ABCD'[number % 4]} of MMLU question {number // 4 + 1} has no token to score.")
+    pad = tokenizer.pad_token_id
+    if not remembers_all(model, longest):
+        losses = row_losses(model, pad, rows, batch_size, "answer")
+    else:
+        prompts = [rows[4 * i].ids[: rows[4 * i].prompt] for i in range(len(questions))]
+        answers = [row.ids[row.prompt :] for row in rows]
+        losses = [0.0] * len(rows)
+        room = min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model)) // 4
+        for group in batches([len(prompt) for prompt in prompts], max(1, batch_size // 4), room):
+            means = _answer_losses(model, pad, [prompts[i] for i in group], [answers[4 * i : 4 * i + 4] for i in group])
+            for index, four in zip(group, means, strict=True):
+                losses[4 * index : 4 * index + 4] = four
+    _finite(torch.tensor(losses))
+    return [min(range(4), key=lambda k, i=i: losses[4 * i + k]) for i in range(len(questions))]  # type: ignore[misc]
+
+
+def _answer_losses(
+    model: Any, pad: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]]:
+    """Mean token loss of each prompt's four answers.
+
+    The prompts' pass predicts the answers' first tokens; a second one, over its cache four times,
+    reads the answers but their last token. An answer's columns begin where the longest prompt
+    ends, its positions where its own does.
+    """
+    from ray_unlearn.models.kv_cache import selected, whole_cache
+
+    device = device_of(model)
+    flat = [answer for four in answers for answer in four]
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(4)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = right_padded(prompts, pad, device)
+    first, cache = picked_logits(
+        model,
+        torch.arange(len(prompts), device=device),
+        lengths - 1,
+        input_ids=ids,
+        past_key_values=whole_cache(),
+        use_cache=True,
+    )
+    targets = torch.tensor([answer[0] for answer in flat], device=device)
+    totals = token_losses(first[owner], targets).double()
+    counts = torch.tensor([len(answer) for answer in flat], device=device)
+    if int(counts.max()) > 1:
+        texts = right_padded(flat, pad, device)
+        column = torch.arange(texts.shape[1] - 1, device=device)
+        known = torch.arange(ids.shape[1], device=device) < lengths[owner][:, None]
+        rows, columns = (column < counts[:, None] - 1).nonzero(as_tuple=True)
+        logits, _ = picked_logits(
+            model,
+            rows,
+            columns,
+            input_ids=texts[:, :-1],
+            position_ids=lengths[owner][:, None] + column,
+            attention_mask=torch.cat([known, known.new_ones(len(flat), len(column))], 1).long(),
+            past_key_values=selected(cache, owner),
+            use_cache=True,
+        )
+        totals.index_add_(0, rows, token_losses(logits, texts[rows, columns + 1]).double())
+    return (totals / counts).view(-1, 4).tolist()
+
+
+def _check_context(lengths: Sequence[int], context: int | None) -> None:
+    for number, length in enumerate(lengths, start=1):
+        if context is not None and length > context:
+            raise InputError(
+                f"MMLU question {number} alone has {length} tokens, and the model's context is {context}. "
+                "Drop it, or use a model with a longer context."
+            )
+
+
+def _finite(values: Tensor) -> Tensor:
+    if bool(values.isnan().any()):
+        raise InputError("the model's logits are NaN on MMLU: its weights have diverged, and no option is chosen.")
+    return values

@@ -1,0 +1,151 @@
+"""A model and examples to Scores. Treats a trained and a merged model alike; nothing here trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray_unlearn import metrics
+from ray_unlearn.evaluation import generation
+from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.evaluation.work_units import ALONE, Shard, Unit, compute, plan
+from ray_unlearn.records import Scores
+
+Log = Callable[[str], None]
+
+
+# -- the work, in units --------------------------------------------------------------------------
+
+
+# -- from results to scores ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model said, lost and chose, in the order of the data."""
+
+    texts: list[str]
+    losses: list[float]
+    choices: list[int]
+
+    @classmethod
+    def of(cls, units: Sequence[Unit], results: Sequence[Sequence[Any]]) -> Measured:
+        """The units' results, put back in the order of the data."""
+        parts: dict[str, dict[int, Any]] = {"texts": {}, "losses": {}, "choices": {}}
+        for unit, found in zip(units, results, strict=True):
+            parts[unit.part].update(zip(unit.rows, found, strict=True))
+        texts, losses, choices = ([part[i] for i in range(len(part))] for part in parts.values())
+        return cls(texts, losses, choices)
+
+    def scores(self, data: EvalSet, settings: EvalSettings, dtype: str) -> Scores:
+        """The data's Scores; parts without data are not measured."""
+        count = len(data.members)
+        right = [choice == question.answer for choice, question in zip(self.choices, data.questions, strict=True)]
+        stated = {
+            "max_new_tokens": settings.max_new_tokens,
+            "dtype": dtype,
+            "mmlu_mode": settings.mmlu_mode,
+            "mmlu_shots": settings.mmlu_shots if settings.mmlu_mode == "letters" else 0,
+            "members": len(data.members),
+            "nonmembers": len(data.nonmembers),
+            "questions": len(data.questions),
+        }
+        rows = [
+            ("forget" if index < len(data.forget) else "retain", row.task, row.kind, row.output, text)
+            for index, (row, text) in enumerate(zip([*data.forget, *data.retain], self.texts, strict=True))
+        ]
+        return make_scores(
+            rows,
+            [row.id for row in (*data.forget, *data.retain)],
+            stated,
+            members=self.losses[:count],
+            nonmembers=self.losses[count:],
+            right=right,
+        )
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    data: EvalSet,
+    settings: EvalSettings,
+    shard: Shard = ALONE,
+    log: Log = lambda line: None,
+) -> tuple[Scores, list[str]]:
+    """Scores of a model, and the generations for the forget rows followed by the retain rows.
+
+    Every worker of a sharded evaluation gets the same result, whatever their number.
+    """
+    measured = _measure(model, tokenizer, data, settings, shard, log, exact_texts=True)
+    return measured.scores(data, settings, dtype_of(model)), measured.texts
+
+
+def score_model(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE) -> Scores:
+    """The same Scores where nobody reads the generations: rows end as soon as their score is certain."""
+    measured = _measure(model, tokenizer, data, settings, shard, lambda line: None, exact_texts=False)
+    return measured.scores(data, settings, dtype_of(model))
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    data: EvalSet,
+    settings: EvalSettings,
+    shard: Shard,
+    log: Log,
+    exact_texts: bool,
+) -> Measured:
+    for line in generation.check_prompts(model, tokenizer, [*data.forget, *data.retain], settings.max_new_tokens):
+        log(line)
+    units = plan(data, settings)
+    log(f"evaluating {describe(data)}")
+    mine = [compute(unit, model, tokenizer, data, settings, exact_texts) for unit in shard.take(units)]
+    return Measured.of(units, shard.join(mine, len(units)))
+
+
+def describe(data: EvalSet) -> str:
+    """What an evaluation is made of, in one line."""
+    documents = f"{len(data.members)} members and {len(data.nonmembers)} others"
+    return f"{len(data.forget) + len(data.retain)} rows, {documents}, {len(data.questions)} questions"
+
+
+def dtype_of(model: Any) -> str:
+    """The precision of the model's weights, as settings state it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def make_scores(
+    rows: Sequence[tuple[str, str, str, str, str]],
+    ids: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    members: Sequence[float] = (),
+    nonmembers: Sequence[float] = (),
+    right: Sequence[bool] = (),
+    utility: float | None = None,
+) -> Scores:
+    """Scores and their intervals from rows of (split, task, kind, expected, generated) with their ids, the losses of
+    the MIA's documents, and which questions were answered; `utility` where only their share is known."""
+    values = metrics.row_values(rows)
+    terms, raw, counts = metrics.cell_terms(values)
+    aggregate = metrics.harmonic_mean(list(terms.values())) if terms else None
+    area = metrics.auc(members, nonmembers) if len(members) or len(nonmembers) else None
+    mia = None if area is None else metrics.mia_score(area)
+    utility = sum(right) / len(right) if right else utility
+    final = None
+    if aggregate is not None and mia is not None and utility is not None:
+        final = metrics.final_score(aggregate, mia, utility)
+    documents = metrics.with_documents(values, ids)
+    return Scores(
+        terms=terms,
+        raw=raw,
+        counts=counts,
+        task_aggregate=aggregate,
+        mia_auc=area,
+        mia_score=mia,
+        utility=utility,
+        final=final,
+        settings=settings,
+        intervals=metrics.objective_intervals(documents, members=members, nonmembers=nonmembers, right=right),
+    )

@@ -1,0 +1,225 @@
+"""Greedy decoding that verifies a draft in one pass and decodes on, in slots, where the model departs from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.models.forward import (
+    MAX_LOGITS,
+    context_of,
+    device_of,
+    most_probable,
+    picked_logits,
+    remembers_all,
+    right_padded,
+    share_a_pass,
+    vocabulary_of,
+)
+
+CACHE_BYTES = 2**30
+"""Memory that the decoding rows' keys and values may take, where `batch_size` rows do not take more."""
+Settled = Callable[[int, list[int]], bool]
+"""(row, its new ids so far) -> whether the caller needs no more of them."""
+
+PROCESSORS = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "stop_strings": None,
+}
+"""Settings of a generation config that change what `generate` makes, with the value under which they do not."""
+
+
+@dataclass
+class _Row:
+    """A row on its way: its prompt, what it is expected to say, and what the model has said."""
+
+    index: int
+    prompt: Sequence[int]
+    draft: Sequence[int]
+    limit: int
+    """New tokens at most."""
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the verification pass."""
+        return len(self.prompt) + len(self.draft)
+
+
+def greedy(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    tokenizer: Any,
+    drafts: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_size: int = 32,
+    settled: Settled = lambda index, new: False,
+) -> list[list[int]]:
+    """New token ids of each prompt, most probable token first, up to EOS (kept), `max_new_tokens` or the context's end.
+
+    `drafts` are continuations that the model may make; they cost one pass and change nothing: what
+    the model says is compared with them as ids, token by token, and from where it departs it is
+    decoded on. A pass over prompts has `batch_size` rows, a step of decoding as many as CACHE_BYTES
+    hold, and not fewer. A `settled` row stops where it is.
+    Raises InputError for logits that are NaN, and where nothing could end a row.
+    """
+    stops = _stops(model, tokenizer)
+    context = context_of(model) or 10**9
+    rows = []
+    for index, prompt in enumerate(prompts):
+        limit = min(max_new_tokens, context - len(prompt))
+        if limit < 1:
+            raise InputError(f"row {index + 1}'s prompt has {len(prompt)} tokens; the model's context is {context}.")
+        draft = [] if drafts is None else list(drafts[index])[: limit - 1]
+        rows.append(_Row(index, prompt, draft, limit))
+    longest = max((len(row.prompt) + row.limit for row in rows), default=0)
+    if _is_plain(model) and remembers_all(model, longest):
+        _Decoder(model, tokenizer.pad_token_id, stops, batch_size, settled).run(rows)
+    else:
+        for row in rows:
+            row.new = _generate(model, row, tokenizer.pad_token_id)
+    return [row.new for row in rows]
+
+
+class _Decoder:
+    """Rows enter by verification, live in the slots while they differ from their drafts, and leave when they end."""
+
+    def __init__(self, model: Any, pad: int, stops: set[int], batch_size: int, settled: Settled) -> None:
+        from ray_unlearn.models.kv_cache import SlotCache
+
+        self.model, self.pad, self.stops, self.batch_size, self.settled = model, pad, stops, batch_size, settled
+        self.device = device_of(model)
+        self.cache = SlotCache(self.device)
+        self.slots = batch_size
+        self.active: list[_Row] = []
+
+    def run(self, rows: Sequence[_Row]) -> None:
+        """Fills `new` of every row."""
+        waiting = deque(sorted(rows, key=lambda row: (row.length, row.index)))
+        longest = max((len(row.prompt) + row.limit for row in rows), default=0)
+        while waiting or self.active:
+            free = min(self.batch_size, self.slots - len(self.active))
+            if waiting and 2 * free >= self.batch_size:
+                self._verify(self._take(waiting, free), longest)
+            else:
+                self._decode(until=self.slots - -(-self.batch_size // 2) if waiting else 0)
+
+    def _take(self, waiting: deque[_Row], free: int) -> list[_Row]:
+        """The next rows, as many as fit into the slots, a pass and its logits."""
+        candidates = list(itertools.islice(waiting, free))
+        logits = itertools.accumulate(len(row.draft) + 1 for row in candidates)
+        room = sum(count <= MAX_LOGITS // vocabulary_of(self.model) for count in logits)
+        count = share_a_pass([row.length for row in candidates[: max(1, room)]])
+        return [waiting.popleft() for _ in range(count)]
+
+    def _verify(self, group: list[_Row], longest: int) -> None:
+        """One pass over prompts and drafts; rows that depart from theirs move into the slots."""
+        from ray_unlearn.models.kv_cache import bytes_of_token, whole_cache
+
+        places = [(i, len(row.prompt) - 1 + k) for i, row in enumerate(group) for k in range(len(row.draft) + 1)]
+        where = torch.tensor(places, device=self.device)
+        ids = right_padded([[*row.prompt, *row.draft] for row in group], self.pad, self.device)
+        logits, cache = picked_logits(
+            self.model, where[:, 0], where[:, 1], input_ids=ids, past_key_values=whole_cache(), use_cache=True
+        )
+        self.slots = max(self.batch_size, CACHE_BYTES // (bytes_of_token(cache) * longest))
+        said = iter(most_probable(logits).tolist())
+        going: list[int] = []
+        for i, row in enumerate(group):
+            predicted = [next(said) for _ in range(len(row.draft) + 1)]
+            agreed = _agreement(predicted, row.draft, self.stops)
+            row.new = predicted[: agreed + 1]
+            if not self._ended(row):
+                going.append(i)
+        if going:
+            self.cache.join(cache, going, [len(group[i].prompt) + len(group[i].new) - 1 for i in going])
+            self.active += [group[i] for i in going]
+
+    def _decode(self, until: int) -> None:
+        """Steps until at most `until` rows go on. Slots of ended rows idle until a quarter of all have ended."""
+        alive = [True] * len(self.active)
+        tokens = torch.tensor([row.new[-1] for row in self.active], device=self.device)
+        while sum(alive) > until:
+            out = self.model(
+                input_ids=tokens[:, None],
+                position_ids=self.cache.lengths[:, None],
+                attention_mask=self.cache.attention_mask(),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            self.cache.advance()
+            tokens = most_probable(out.logits[:, -1])
+            for slot, token in enumerate(tokens.tolist()):
+                if alive[slot]:
+                    self.active[slot].new.append(token)
+                    alive[slot] = not self._ended(self.active[slot])
+            kept = [slot for slot, goes_on in enumerate(alive) if goes_on]
+            if 4 * len(kept) <= 3 * len(alive) or len(kept) <= until:
+                self.cache.keep(kept)
+                self.active = [self.active[slot] for slot in kept]
+                tokens, alive = tokens[kept], [True] * len(kept)
+
+    def _ended(self, row: _Row) -> bool:
+        return row.new[-1] in self.stops or len(row.new) >= row.limit or self.settled(row.index, row.new)
+
+
+def _agreement(predicted: Sequence[int], draft: Sequence[int], stops: set[int]) -> int:
+    """How many of the draft's tokens the model predicts before it departs or ends."""
+    for k, token in enumerate(draft):
+        if predicted[k] != token or token in stops:
+            return k
+    return len(draft)
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether the model's own generation config leaves greedy decoding to the logits alone."""
+    config = getattr(model, "generation_config", None)
+    return all(getattr(config, name, None) in (None, neutral) for name, neutral in PROCESSORS.items())
+
+
+def _generate(model: Any, row: _Row, pad: int) -> list[int]:
+    """transformers' own loop for one row: models whose cache cannot be cut, and generation configs with processors."""
+    ids = torch.tensor([list(row.prompt)], device=device_of(model))
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=row.limit,
+        use_cache=True,
+        pad_token_id=pad,
+    )
+    new: list[int] = out[0, len(row.prompt) :].tolist()
+    return new
+
+
+def _stops(model: Any, tokenizer: Any) -> set[int]:
+    """Every id that ends a text, as `generate` reads them: the generation config's, else the tokenizer's."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stated = tokenizer.eos_token_id if stated is None else stated
+    values = stated if isinstance(stated, (list, tuple)) else [stated]
+    stops = {int(value) for value in values if value is not None}
+    if not stops:
+        raise InputError("neither the tokenizer nor the model's generation config has an EOS token: nothing would end.")
+    return stops

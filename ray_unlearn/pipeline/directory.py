@@ -1,0 +1,167 @@
+"""A run's directory: whose it is, what stands in it, and whether it has room; the state the stages share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_unlearn.config.job import Job, differences
+from ray_unlearn.errors import InputError
+from ray_unlearn.files import git_commit, read_json, versions, write_json, write_text
+from ray_unlearn.pipeline.inputs import Inputs
+from ray_unlearn.progress import Progress
+from ray_unlearn.records import Scores, load_records
+from ray_unlearn.schema import to_dict
+
+DISK_MARGIN = 1.2
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run under way: its job, its folder, and what the stages hand to each other."""
+
+    job: Job
+    id: str
+    """Drawn when the run began; sets its studies apart in a storage that several runs share."""
+    dir: Path
+    progress: Progress
+    inputs: Inputs
+    model_path: str
+    reference_path: str | None
+    shared: bool
+    baseline: Scores | None = None
+
+    @property
+    def floor(self) -> float:
+        """The utility that a candidate must exceed."""
+        assert self.baseline is not None
+        return self.job.selection.utility_floor * (self.baseline.utility or 0.0)
+
+
+def claim(out: Path, job: Job) -> None:
+    """Makes the directory, or checks that the run in it is of the same job."""
+    try:
+        (out / "records").mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"the run's directory {out} cannot be written: {error.strerror}. Give another with --out."
+        ) from error
+    path = out / "job.yaml"
+    if path.exists():
+        stated = yaml.safe_load(path.read_text())["job"]
+        differ = differences(stated, to_dict(job))
+        if differ:
+            raise InputError(
+                f"{out} holds a run of another job; these keys differ:\n  "
+                + "\n  ".join(differ)
+                + "\nGive another --out, or the same job to resume."
+            )
+
+
+def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> str:
+    """Writes job.yaml: job with defaults, versions, commit, data digests, texts of the spaces; returns the run's id.
+
+    On a resumed run it is only read; changed data are refused.
+    """
+    path = out / "job.yaml"
+    if path.exists():
+        before = yaml.safe_load(path.read_text())
+        changed = [name for name, value in inputs.digests.items() if before["data_digests"].get(name) != value]
+        if changed:
+            raise InputError(
+                f"the data of {out} have changed since it was begun: {', '.join(changed)}. Give another --out."
+            )
+        return str(before["run_id"])
+    stated = {
+        "run_id": uuid.uuid4().hex[:12],
+        "job": to_dict(job),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data_digests": inputs.digests,
+        "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain), "dropped": inputs.dropped},
+        "search_spaces": space_texts,
+    }
+    write_text(path, yaml.safe_dump(stated, sort_keys=False, allow_unicode=True))
+    return str(stated["run_id"])
+
+
+def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
+    """Refuses trials that name layers which the model does not have, and a run whose missing snapshots and outputs
+    may not fit on the disk, with the arithmetic."""
+    from ray_unlearn.models.loading import empty_model
+    from ray_unlearn.training.parameters import check_tuning, snapshot_bytes
+
+    trials = max(0, job.trials - len(load_records(out)[0]))
+    model = empty_model(model_path)
+    for config in configs:
+        check_tuning(model, config)
+    model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    largest = max(snapshot_bytes(model, config) for config in configs)
+    count = trials * max(config.snapshots for config in configs)
+    members = 0 if (out / "best").exists() else 2  # best/, and the base where it has no safetensors of its own
+    needed = int(DISK_MARGIN * (count * largest + members * model_bytes))
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise InputError(
+            f"{out} has {free / 2**30:.2f} GiB free, and the run may need {needed / 2**30:.2f}: "
+            f"{count} snapshots of up to {largest / 2**20:.1f} MiB, {members} models of {model_bytes / 2**20:.1f} MiB "
+            f"to write, times {DISK_MARGIN}. Free some, or lower search.trials or snapshots."
+        )
+
+
+@contextmanager
+def stage(out: Path, name: str) -> Iterator[None]:
+    """Adds a stage's wall-clock seconds to seconds.json; a start that was killed in the stage adds nothing."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        path = out / "seconds.json"
+        seconds = json.loads(path.read_text()) if path.exists() else {}
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
+        write_json(path, seconds)
+
+
+def clean_up(out: Path) -> None:
+    """Removes what a killed write left beside its output, and snapshots that no record names."""
+    for pattern in (".merge-*", ".best.*.tmp", ".best.*.old", "*/.*.tmp"):
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    named = {record.id for record in load_records(out)[0] if record.status != "failed"}
+    for folder in (out / "snapshots").glob("trial-*"):
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+def write_summary(out: Path) -> dict[str, Any]:
+    """summary.json from the run's files; computes nothing but counts."""
+    trials, merges = load_records(out)
+    front = read_json(out / "front.json")
+    final = read_json(out / "final.json") or {}
+    summary = {
+        "target": final.get("target") or read_json(out / "baseline.json"),
+        "best": final.get("best"),
+        "choice": final.get("choice"),
+        "front_size": len(front["members"]) if front else 0,
+        "hypervolume": front["hypervolume"] if front else 0.0,
+        "trials": {status: sum(t.status == status for t in trials) for status in ("finished", "stopped", "failed")},
+        "merges": {status: sum(m.status == status for m in merges) for status in ("finished", "failed")},
+        "seconds": read_json(out / "seconds.json"),
+    }
+    # Contract: finished, pruned and failed; a trial that its own guard stopped is what Optuna's users call pruned.
+    summary["trials"]["pruned"] = summary["trials"].pop("stopped")
+    summary = {key: value for key, value in summary.items() if value is not None}
+    write_json(out / "summary.json", summary)
+    return summary

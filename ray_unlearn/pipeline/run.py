@@ -1,0 +1,127 @@
+"""The main job, whole: target, baseline, search, merges, selection, report. Every stage resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_unlearn.cluster.session import check_storage, cluster
+from ray_unlearn.config.job import Job, load_job
+from ray_unlearn.models.loading import check_model
+from ray_unlearn.pipeline.directory import Run, check_trials, claim, stage, write_job, write_summary
+from ray_unlearn.pipeline.inputs import Inputs, load_inputs
+from ray_unlearn.pipeline.target import job_target
+from ray_unlearn.progress import Progress
+from ray_unlearn.records import Scores
+from ray_unlearn.report import write_report
+from ray_unlearn.schema import from_dict
+from ray_unlearn.search.spaces import Space, load_space
+from ray_unlearn.training.dataloader import check_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run delivers."""
+
+    run_dir: Path
+    choice: str
+    target: Scores
+    best: Scores
+
+
+def run(
+    job: Job | str | Path | dict[str, Any],
+    out: str | Path | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Runs or resumes a job: a Job, a YAML file or plain values; `out` is runs/NAME unless given.
+
+    Raises InputError for bad input or another job's directory, RuntimeError when nothing is feasible.
+    """
+    from ray_unlearn.search.study import check_space
+
+    progress = progress or Progress(quiet=True)
+    job, out = _resolve(job, out)
+    claim(out, job)
+    space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
+    configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    inputs, model_path, reference_path = _inputs_and_target(job, out, progress)
+    if job.comparison.recipes:
+        from ray_unlearn.pipeline import comparison
+
+        configs = comparison.configs(comparison.entries(job, model_path, len(inputs.forget)))
+    for config in configs:
+        check_rows(config, inputs.forget)
+    identity = write_job(out, job, inputs, texts)
+    check_trials(out, job, model_path, configs)
+    with cluster(address, job.resources) as started_here:
+        shared = started_here if job.resources.shared_storage is None else job.resources.shared_storage
+        check_storage(job, shared)
+        state = Run(
+            job=job,
+            id=identity,
+            dir=out,
+            progress=progress,
+            inputs=inputs,
+            model_path=model_path,
+            reference_path=reference_path,
+            shared=shared,
+        )
+        choice = _stages(state, space, points)
+    summary = write_summary(out)
+    write_report(out)
+    if choice is None:
+        raise RuntimeError(_nothing_feasible(state))
+    target, best = Scores.from_json(summary["target"]), Scores.from_json(summary["best"])
+    return RunResult(run_dir=out, choice=choice, target=target, best=best)
+
+
+def _resolve(job: Job | str | Path | dict[str, Any], out: str | Path | None) -> tuple[Job, Path]:
+    name = Path(job).stem if isinstance(job, (str, Path)) else "job"
+    place = Path(out or f"runs/{name}").expanduser().resolve()
+    if isinstance(job, Job):
+        return job, place
+    return (from_dict(Job, job) if isinstance(job, dict) else load_job(Path(job))), place
+
+
+def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs, str, str | None]:
+    """The checked data, the model that is to forget, and its retrained reference where there is one."""
+    for model in (job.model.path, job.target.base):
+        if model is not None:
+            check_model(model)
+    # A user's own files are checked before anything is trained; the benchmark's do not exist before it is built.
+    inputs = None if job.target.benchmark else load_inputs(job)
+    with stage(out, "target"):
+        rows = [] if inputs is None else [*inputs.forget, *inputs.retain]
+        model_path, reference_path, benchmark = job_target(job, rows, progress.line)
+        inputs = inputs or load_inputs(job, benchmark)
+    return inputs, model_path, reference_path
+
+
+def _stages(state: Run, space: Space, points: list[dict[str, Any]]) -> str | None:
+    """The stages that need a cluster; the chosen candidate's id, or None where none is feasible."""
+    from ray_unlearn.pipeline import stages
+
+    with stage(state.dir, "baseline"):
+        state.baseline = stages.baseline(state)
+    with stage(state.dir, "search"):
+        if state.job.comparison.recipes:
+            from ray_unlearn.pipeline import comparison
+
+            comparison.compare(state)
+        else:
+            stages.search(state, space, points)
+    with stage(state.dir, "merge"):
+        stages.merge(state)
+    with stage(state.dir, "selection"):
+        return stages.select(state)
+
+
+def _nothing_feasible(state: Run) -> str:
+    return (
+        f"no candidate is feasible: every snapshot's utility is at most {state.floor:.3f} "
+        f"({state.job.selection.utility_floor:g} of the target's). {state.dir / 'report.html'} shows how they went; "
+        "give a new run more trials, gentler learning rates, or a lower selection.utility_floor."
+    )

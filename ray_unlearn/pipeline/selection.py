@@ -1,0 +1,136 @@
+"""The choice: which candidate is delivered, its directory and card, and its score on documents the search never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ray_unlearn.cluster.evaluators import score_models
+from ray_unlearn.files import versions, write_json, write_text
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.recipe_file import MERGE_FILE, merge_file
+from ray_unlearn.merging.resident import Merger
+from ray_unlearn.merging.writer import write_merge
+from ray_unlearn.models.loading import load_model, load_tokenizer, save_model
+from ray_unlearn.models.snapshot_files import read_snapshot
+from ray_unlearn.pipeline.directory import Run
+from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records
+from ray_unlearn.report import model_card
+
+AGREEMENT = 1e-5
+"""How far the written weights may be from the merge that was scored; on one machine they are the same bits."""
+
+
+def choose(members: Sequence[Candidate], weights: Sequence[float]) -> Candidate:
+    """The candidate with the highest weighted mean of the three objectives; of equal ones, the first by id.
+
+    The maximum over all feasible candidates is on the front, whatever the (non-negative) weights.
+    """
+
+    def value(candidate: Candidate) -> float:
+        return sum(w * x for w, x in zip(weights, candidate.scores.objectives(), strict=True)) / sum(weights)
+
+    return min(members, key=lambda candidate: (-value(candidate), candidate.id))
+
+
+def deliver(run: Run, choice: Candidate) -> None:
+    """Writes best/, scores it beside the target on unseen documents, then its card, then final.json."""
+    difference = write_best(run, choice)
+    paths = [run.model_path, str(run.dir / "best")] + ([run.reference_path] if run.reference_path else [])
+    (target, before), (best, after), *reference = score_models(run.job, paths, run.inputs.final_set, run.shared)
+    weights = run.job.selection.weights
+    even = len(set(weights)) == 1
+    rule = "highest final among feasible candidates" if even else f"highest mean of the objectives, weighted {weights}"
+    data = run.inputs.final_set
+    final: dict[str, Any] = {
+        "choice": choice.id,
+        "kind": "snapshot" if choice.snapshot else "merge",
+        "rule": rule,
+        "recipe": recipe_of(run, choice),
+        "target": target.to_json(),
+        "best": best.to_json(),
+        "examples": examples(run, before, after),
+        "mia_documents": {
+            "member": len(data.members),
+            "nonmember_search": len(run.inputs.search_set.nonmembers),
+            "nonmember_final": len(data.nonmembers),
+        },
+    }
+    if reference:
+        final["reference"] = reference[0][0].to_json()
+    if difference is not None:
+        final["written_max_difference"] = difference
+    job = yaml.safe_load((run.dir / "job.yaml").read_text())
+    write_text(run.dir / "best" / "README.md", model_card(job, final, target, versions()))
+    write_json(run.dir / "final.json", final)
+
+
+def recipe_of(run: Run, choice: Candidate) -> dict[str, Any]:
+    """How to make the candidate again: a trial's config and the step of the snapshot, or a merge's recipe with
+    those of its members."""
+    if isinstance(choice.record, MergeRecord):
+        snapshots = {c.id: c for c in candidates(load_records(run.dir)[0], [])}
+        leaves = MergeRecipe.from_json(choice.record.recipe).leaves()
+        members = {name: recipe_of(run, snapshots[name]) for name in leaves}
+        return {**choice.record.recipe, "member_trials": members}
+    assert choice.snapshot is not None
+    return {**choice.record.config, "snapshot_step": choice.snapshot.step}
+
+
+def write_best(run: Run, choice: Candidate) -> float | None:
+    """Writes best/ as a plain Hugging Face directory; for a merge, with its merge.json, returning the largest
+    difference from the weights that were scored. Raises RuntimeError when that is above 1e-5."""
+    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
+    recipe = _as_merge(choice)
+    members = {name: read_snapshot(run.dir / "snapshots" / name) for name in recipe.leaves()}
+    out = run.dir / "best"
+    if choice.snapshot is not None:
+        Merger(model, members).merge(recipe)
+        save_model(model, tokenizer, out)
+        return None
+    write_merge(recipe, run.model_path, members, out)
+    write_json(out / MERGE_FILE, merge_file(recipe, run.model_path, run.dir / "snapshots"))
+    Merger(model, members).merge(recipe)
+    written = dict(load_model(str(out)).named_parameters())
+    difference = max(
+        float((parameter - written[name]).detach().abs().max()) for name, parameter in model.named_parameters()
+    )
+    if not difference <= AGREEMENT:
+        raise RuntimeError(
+            f"the written weights of {choice.id} are {difference:.2e} from those that were scored; at most "
+            f"{AGREEMENT:g} is accepted."
+        )
+    return difference
+
+
+def _as_merge(choice: Candidate) -> MergeRecipe:
+    """A snapshot is a merge of itself alone."""
+    if isinstance(choice.record, MergeRecord):
+        return MergeRecipe.from_json(choice.record.recipe)
+    return MergeRecipe(method="task_arithmetic", members=[choice.id], weights=[1.0], densities=[1.0])
+
+
+def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+    """The first rows of each split, task and kind, with what the two models generated."""
+    rows = [("forget", e) for e in run.inputs.forget] + [("retain", e) for e in run.inputs.retain]
+    shown: dict[tuple[str, str, str], int] = {}
+    picked = []
+    for (split, row), old, new in zip(rows, before, after, strict=True):
+        cell = (split, row.task, row.kind)
+        shown[cell] = shown.get(cell, 0) + 1
+        if shown[cell] <= run.job.selection.examples:
+            picked.append(
+                {
+                    "split": split,
+                    "id": row.id,
+                    "task": row.task,
+                    "kind": row.kind,
+                    "input": row.input,
+                    "expected": row.output,
+                    "before": old,
+                    "after": new,
+                }
+            )
+    return picked

@@ -1,0 +1,225 @@
+"""The stages of a run between its inputs and its report; each starts from the records and does what is missing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from ray_unlearn.cluster.evaluators import score_models
+from ray_unlearn.cluster.executor import Executor
+from ray_unlearn.cluster.merge_actor import MergePool
+from ray_unlearn.cluster.model_transfer import BenchSpec, ModelSource
+from ray_unlearn.files import read_json, versions, write_json
+from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.models.snapshot_files import read_snapshot
+from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
+from ray_unlearn.pipeline import selection
+from ray_unlearn.pipeline.directory import Run, clean_up
+from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load_records, save_record
+from ray_unlearn.search.merge_space import Growth, MergeSpace
+from ray_unlearn.search.merges import recover_merges, search_merges
+from ray_unlearn.search.spaces import Space
+from ray_unlearn.search.study import MERGES_STUDY, TRIALS_STUDY, enqueue, open_study, recover
+from ray_unlearn.search.tune import search_trials
+
+
+def baseline(run: Run) -> Scores:
+    """The untouched target on the search's data; baseline.json."""
+    path = run.dir / "baseline.json"
+    if not path.exists():
+        ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared)
+        write_json(path, scores.to_json())
+    scores = Scores.from_json(read_json(path))
+    run.progress.line(f"target: {_shown(scores)}")
+    return scores
+
+
+def bench_spec(run: Run) -> BenchSpec:
+    """What workers and merge actors load."""
+    return BenchSpec(
+        model=ModelSource.of(run.model_path, run.shared),
+        forget=run.inputs.forget,
+        retain=run.inputs.retain,
+        eval_set=run.inputs.search_set,
+        eval_settings=run.job.eval_settings,
+        dtype=run.job.model.dtype,
+        utility_floor=run.floor,
+    )
+
+
+def storage_url(run: Run) -> str:
+    """Where the studies live."""
+    return run.job.search.storage or f"sqlite:///{run.dir / 'study.db'}"
+
+
+def study_name(run: Run, name: str) -> str:
+    """A study's name; in a storage that other runs may share, with the run's own id before it."""
+    return name if run.job.search.storage is None else f"{run.id}-{name}"
+
+
+def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
+    """Trials until the budget's records are there; the study goes on from where it was."""
+    job = run.job
+    done = len(load_records(run.dir)[0])
+    if done >= job.search.trials:
+        run.progress.line(f"search: {done} trials were done before")
+        return
+    study = open_study(storage_url(run), study_name(run, TRIALS_STUDY), job.seed, job.search.startup)
+    redone = recover(study, run.dir, run.floor)
+    if done or redone:
+        run.progress.line(f"search: {done} trials were done before, {redone} restart")
+    enqueue(study, points)
+    executor = Executor(run.dir, bench_spec(run), job.resources, job.resources.storage or run.dir / "ray")
+    run.progress.start("trials", job.search.trials, done)
+    try:
+        # A driver of Tune's that died has ended no trial: what is missing then is asked for once more.
+        for _ in range(2):
+            search_trials(
+                study,
+                space,
+                executor.handle,
+                run.dir,
+                num_trials=job.search.trials,
+                utility_floor=run.floor,
+                log=run.progress.line,
+                advance=run.progress.advance,
+            )
+            recover(study, run.dir, run.floor)
+    finally:
+        run.progress.finish()
+        executor.close()
+
+
+def feasible_candidates(run: Run) -> list[Candidate]:
+    """All feasible candidates on record, snapshots and merges."""
+    trials, merges = load_records(run.dir)
+    assert run.baseline is not None
+    target, floor = run.baseline.utility or 0.0, run.job.selection.utility_floor
+    return [c for c in candidates(trials, merges) if feasible(c.scores.utility or 0.0, target, floor)]
+
+
+def merge_pool(run: Run) -> list[Candidate]:
+    """Snapshots offered to merges: the front, then the best by final, sorted by MIA AUC."""
+    trials, _ = load_records(run.dir)
+    scored = [c for c in feasible_candidates(run) if c.snapshot is not None]
+    chosen = [scored[i] for i in front([c.scores.objectives() for c in scored])]
+    by_final = sorted(scored, key=lambda c: -(c.scores.final or 0.0))
+    ordered = sorted(chosen, key=lambda c: -(c.scores.final or 0.0)) + [c for c in by_final if c not in chosen]
+    pool = ordered[: run.job.merge.pool]
+    return sorted(pool, key=lambda c: (c.scores.mia_auc or 0.0, c.id))
+
+
+def merge(run: Run) -> None:
+    """Merges until the budget's records are there or the hypervolume stops growing; needs two feasible snapshots."""
+    plan = run.job.merge
+    done = load_records(run.dir)[1]
+    pool = merge_pool(run)
+    missing = plan.candidates - len(done)
+    growth = merge_growth(run, done)
+    if missing <= 0 or len(pool) < 2 or growth.stalled(plan.patience):
+        few = missing > 0 and len(pool) < 2
+        run.progress.line(
+            f"merges: only {len(pool)} feasible snapshots" if few else f"merges: {len(done)} were done before"
+        )
+        return
+    study = open_study(storage_url(run), study_name(run, MERGES_STUDY), run.job.seed, plan.startup)
+    recover_merges(study, done, run.floor)
+    space = MergeSpace(
+        snapshots=[c.id for c in pool],
+        aucs=[c.scores.mia_auc or 0.0 for c in pool],
+        methods=plan.methods,
+        max_members=plan.max_members,
+        remerged=plan.remerged,
+        layerwise=plan.layerwise,
+    )
+    members = {c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot}
+    # As many actors as trials run side by side.
+    merges = MergePool(bench_spec(run), members, run.job.resources, min(run.job.resources.concurrency, missing))
+    run.progress.start("merges", plan.candidates, len(done))
+    try:
+        search_merges(
+            study,
+            space,
+            merges,
+            functools.partial(save_merge, run),
+            growth,
+            missing=missing,
+            patience=plan.patience,
+            utility_floor=run.floor,
+        )
+    finally:
+        run.progress.finish()
+        merges.close()
+    if growth.stalled(plan.patience):
+        run.progress.line(f"merges: ended, the hypervolume has not grown for {growth.idle}")
+
+
+def merge_growth(run: Run, done: Sequence[MergeRecord]) -> Growth:
+    """The hypervolume over feasible snapshots, then over the merges on record in their order."""
+    points = [c.scores.objectives() for c in feasible_candidates(run) if c.snapshot is not None]
+    growth = Growth(points, run.floor, run.job.merge.remerged)
+    for record in done:
+        growth.add(record.id, MergeRecipe.from_json(record.recipe), record.scores)
+    return growth
+
+
+def save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, reason: str, seconds: float) -> None:
+    """Writes a merge's record and says how it went."""
+    record = MergeRecord(
+        id=name,
+        status="finished" if scores else "failed",
+        recipe=recipe.to_json(),
+        scores=scores,
+        reason=reason,
+        seconds=seconds,
+        versions=versions(),
+    )
+    save_record(run.dir, record)
+    run.progress.line(f"{name}: {_shown(scores) if scores else 'failed: ' + reason}")
+    run.progress.advance()
+
+
+def write_front(run: Run) -> list[Candidate]:
+    """front.json over all feasible candidates; returns the front, best final first."""
+    everything = feasible_candidates(run)
+    points = [c.scores.objectives() for c in everything]
+    members = sorted((everything[i] for i in front(points)), key=lambda c: -(c.scores.final or 0.0))
+    trials_only = [c.scores.objectives() for c in everything if c.snapshot is not None]
+    write_json(
+        run.dir / "front.json",
+        {
+            "reference_point": list(REFERENCE_POINT),
+            "hypervolume": hypervolume(points),
+            "hypervolume_trials": hypervolume(trials_only),
+            "members": [
+                {
+                    "id": c.id,
+                    "kind": "snapshot" if c.snapshot else "merge",
+                    **dict(zip(("task_aggregate", "mia_score", "utility"), c.scores.objectives(), strict=True)),
+                    "final": c.scores.final,
+                }
+                for c in members
+            ],
+        },
+    )
+    return members
+
+
+def select(run: Run) -> str | None:
+    """Chooses, writes best/, scores it on unseen documents, and records the choice; None when nothing is feasible."""
+    clean_up(run.dir)
+    members = write_front(run)
+    if not members:
+        return None
+    choice = selection.choose(members, run.job.selection.weights)
+    run.progress.line(f"chosen: {choice.id} ({_shown(choice.scores)})")
+    final = read_json(run.dir / "final.json")
+    if final is None or final["choice"] != choice.id or not (run.dir / "best").exists():
+        selection.deliver(run, choice)
+    return choice.id
+
+
+def _shown(scores: Scores) -> str:
+    names = ("task_aggregate", "mia_score", "utility", "final")
+    return ", ".join(f"{name} {getattr(scores, name):.3f}" for name in names if getattr(scores, name) is not None)

@@ -1,0 +1,75 @@
+"""Sending a job to a Ray cluster through the Ray Jobs API, and following its log."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ray_unlearn.config.job import Job, load_job
+from ray_unlearn.errors import InputError
+from ray_unlearn.files import PACKAGE
+from ray_unlearn.schema import to_dict
+from ray_unlearn.search.spaces import find_space
+
+
+def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | None = None) -> int:
+    """Submits the job, prints its log as it comes, and returns 0 if it succeeded, 1 if not.
+
+    What travels is this package, the job and its own search spaces. Models and data do not: the
+    job's paths are paths of the cluster (shared storage), or hub ids.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    job = load_job(path, list(overrides))
+    out = out or f"runs/{path.stem}"
+    if not address.startswith(("http://", "https://")):
+        raise InputError(f"--address must be http://HOST:8265, the cluster's dashboard, got {address!r}.")
+    with tempfile.TemporaryDirectory() as folder:
+        pack(job, path.stem, Path(folder))
+        try:
+            client = JobSubmissionClient(address)
+            name = client.submit_job(
+                # The cluster's own interpreter: ours has another path, or another version.
+                entrypoint=f"python -m ray_unlearn run {path.stem}.yaml --out {shlex.quote(out)} --address auto",
+                runtime_env={"working_dir": folder},
+                metadata={"tool": "ray_unlearn", "job": path.stem},
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise RuntimeError(f"the cluster at {address} did not take the job: {error}") from error
+    print(f"submitted {name}", file=sys.stderr, flush=True)
+    asyncio.run(_follow(client, name))
+    status = client.get_job_status(name)
+    print(f"{name} {status}", file=sys.stderr)
+    return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def pack(job: Job, name: str, folder: Path) -> None:
+    """Writes what travels with a job into a folder: the job with its overrides, its spaces, this package."""
+    data = to_dict(job)
+    spaces = []
+    for space in job.search.spaces:
+        source = find_space(space)
+        if space.endswith(".py"):
+            shutil.copy(source, folder / source.name)
+            spaces.append(source.name)
+        else:
+            spaces.append(space)
+    data["search"]["spaces"] = spaces
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignore)
+    for extra in ("search_spaces", "jobs"):
+        if not (PACKAGE / extra).exists() and (PACKAGE.parent / extra).exists():
+            shutil.copytree(PACKAGE.parent / extra, folder / extra, ignore=ignore)
+
+
+async def _follow(client: object, name: str) -> None:
+    async for text in client.tail_job_logs(name):  # type: ignore[attr-defined]
+        print(text, end="", flush=True)

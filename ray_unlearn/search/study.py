@@ -1,0 +1,159 @@
+"""Optuna's studies: opened, told, recovered after a kill. The only owner of optuna."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from ray_unlearn.config.job import FirstPoint
+from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.pareto import OBJECTIVES
+from ray_unlearn.records import Scores, TrialRecord, load_records
+from ray_unlearn.search.spaces import SAMPLES_CHECKED, Space, trial_config
+
+TRIALS_STUDY, MERGES_STUDY = "trials", "merges"
+
+
+UTILITY_CONSTRAINT = "utility_floor"
+
+
+def open_study(storage: str, name: str, seed: int, startup: int) -> optuna.Study:
+    """The study of that name in the RDB storage, made when new: three objectives, all maximised.
+
+    TPE over all parameters jointly, with conditional ones in groups. A resumed study draws from
+    another stream than its beginning did, or it would propose its first points again.
+    """
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    backend = _storage(storage)
+    study = optuna.create_study(
+        storage=backend, study_name=name, directions=["maximize"] * len(OBJECTIVES), load_if_exists=True
+    )
+    study.sampler = _sampler(seed + len(study.trials), startup)
+    return study
+
+
+def _storage(url: str) -> Any:
+    try:
+        return optuna.storages.RDBStorage(url)
+    except Exception as error:
+        raise InputError(f"search.storage {url!r} cannot be opened: {error}") from error
+
+
+def _sampler(seed: int, startup: int) -> Any:
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
+    )
+
+
+def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:
+    """The one vector that Optuna is told for a trial: its feasible snapshot with the highest final, else the
+    snapshot with the highest utility, which the constraint then marks as infeasible."""
+    scored = [snapshot.scores for snapshot in record.snapshots]
+    feasible = [scores for scores in scored if (scores.utility or 0.0) > utility_floor]
+    if feasible:
+        return max(feasible, key=lambda scores: scores.final or 0.0)
+    return max(scored, key=lambda scores: scores.utility or 0.0, default=None)
+
+
+def tell_record(study: optuna.Study, number: int, record: TrialRecord, utility_floor: float) -> None:
+    """Tells a trial's outcome: values and the utility constraint, or FAIL when it failed."""
+    scores = best_scores(record, utility_floor) if record.status != "failed" else None
+    tell(study, number, scores, utility_floor, {"record": record.id, "status": record.status})
+
+
+def tell(
+    study: optuna.Study, number: int, scores: Scores | None, utility_floor: float, attributes: dict[str, Any]
+) -> None:
+    """Tells Optuna three numbers and how far utility is from its floor (at most 0 is feasible), or FAIL."""
+    trial = study.trials[number]
+    handle = optuna.trial.Trial(study, trial._trial_id)
+    for name, value in attributes.items():
+        handle.set_user_attr(name, value)
+    if scores is None or not all(math.isfinite(value) for value in scores.objectives()):
+        study.tell(number, state=TrialState.FAIL)
+        return
+    handle.set_constraint(UTILITY_CONSTRAINT, utility_floor - scores.objectives()[2])
+    study.tell(number, list(scores.objectives()))
+
+
+def check_space(
+    space: Space, seed: int, points: Sequence[FirstPoint] = (), ranges: Sequence[str] = ()
+) -> tuple[list[TrialConfig], list[dict[str, Any]]]:
+    """Samples the space without a storage and builds every TrialConfig; raises InputError for an unknown parameter
+    or value, in what the space returns, in the job's first points or in its ranges.
+
+    Returns the samples, from which the disk that snapshots may need is worked out, and the first
+    points without what a recipe says but the space never asks for or does not offer.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    configs = [_sample(study, space) for _ in range(SAMPLES_CHECKED)]
+    asked = {name: distribution for trial in study.trials for name, distribution in trial.distributions.items()}
+    unused = sorted(name for name in ranges if name not in asked)
+    if unused:
+        raise unknown_name("parameter in search.ranges:", unused[0], asked)
+    kept = []
+    for point in points:
+        unknown = sorted(name for name in point.parameters if name not in asked)
+        if unknown and point.recipe is None:
+            raise unknown_name("parameter in search.first_points:", unknown[0], asked)
+        kept.append(
+            {
+                name: value
+                for name, value in point.parameters.items()
+                if name in asked and (point.recipe is None or value in getattr(asked[name], "choices", [value]))
+            }
+        )
+        study.enqueue_trial(kept[-1])
+        configs.append(_sample(study, space))
+    return configs, kept
+
+
+def _sample(study: optuna.Study, space: Space) -> TrialConfig:
+    try:
+        return trial_config(space(study.ask()))
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError) as error:  # the space's own, or a value it does not offer
+        raise InputError(f"the search space refuses a trial: {type(error).__name__}: {error}") from error
+
+
+def recover(study: optuna.Study, run_dir: Path, utility_floor: float) -> int:
+    """Brings a study that a killed driver left in line with the records; returns how many trials are to be redone.
+
+    A RUNNING trial with a record is told its outcome. One without is told FAIL, and its parameters
+    are queued again, so that the trial in flight restarts.
+    """
+    records = {record.id: record for record in load_records(run_dir)[0]}
+    redone = 0
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        record = records.get(f"trial-{trial.number:04d}")
+        if record is not None:
+            tell_record(study, trial.number, record, utility_floor)
+        else:
+            redone += _queue_again(study, trial)
+            shutil.rmtree(run_dir / "snapshots" / f"trial-{trial.number:04d}", ignore_errors=True)
+    return redone
+
+
+def _queue_again(study: optuna.Study, trial: Any) -> bool:
+    """Queues a RUNNING trial's parameters anew, then tells it FAIL: in this order nothing is lost to another kill."""
+    known = {other.user_attrs.get("restarts") for other in study.get_trials(deepcopy=False)}
+    if trial.params and trial.number not in known:
+        study.enqueue_trial(trial.params, user_attrs={"restarts": trial.number})
+    study.tell(trial.number, state=TrialState.FAIL)
+    return bool(trial.params)
+
+
+def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]], most: int | None = None) -> None:
+    """Queues those first points of a study that were never queued, whatever killed an earlier start; `most` of them."""
+    queued = {trial.user_attrs.get("first_point") for trial in study.get_trials(deepcopy=False)}
+    for number in [number for number in range(len(points)) if number not in queued][:most]:
+        study.enqueue_trial(points[number], user_attrs={"first_point": number})
