@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ray_unlearn.config.job import Job
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import PACKAGE
 
 if TYPE_CHECKING:
-    from ray_unlearn.config.job import ResourcesPart
+    from ray_unlearn.config.job import Job, ResourcesPart
 
 QUIET = {
     # Polled this often, a finished Train run is noticed in a fraction of the default two seconds.

@@ -1,0 +1,55 @@
+"""The command line: a file for each command, with its arguments and its body."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ray_unlearn.cli import catalogue, evaluate, merge, report, run, score, submit, target, train
+from ray_unlearn.cluster.session import prepare_environment
+from ray_unlearn.errors import InputError
+
+COMMANDS = (run, target, train, evaluate, score, merge, report, catalogue, submit)
+"""In the order of the help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 on a run-time failure, 2 on bad arguments or input."""
+    arguments = build_parser().parse_args(argv)
+    prepare_environment()
+    try:
+        return int(arguments.body(arguments))
+    except InputError as error:
+        return _fail(arguments, error, 2)
+    except KeyboardInterrupt:
+        print("ray-unlearn: interrupted; the same command resumes a run", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return _fail(arguments, error, 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands, each with an example in its help."""
+    parser = argparse.ArgumentParser(
+        prog="ray-unlearn", description="Distributed search and merging for LLM unlearning."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add(commands)
+    return parser
+
+
+def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
+    if arguments.debug:
+        traceback.print_exc()
+    else:
+        name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        print(f"ray-unlearn: {name}{error}", file=sys.stderr)
+    return code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
