@@ -28,9 +28,9 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.losses.preference import npo
 from ray_unlearn.models.loading import load_model
-from ray_unlearn.training.dataloader import Row, alike, token_logps
-from ray_unlearn.training.parameters import Tuned
-from ray_unlearn.training.step_loss import Objective
+from ray_unlearn.training.dataloader import Row, length_groups, token_logps
+from ray_unlearn.training.parameters import TrainableModel
+from ray_unlearn.training.step_loss import TrialLoss
 
 PADDED, ROWS = 256, 4
 LENGTHS = [(83, 17, 5), (83, 176, 42), (535, 11, 13), (107, 45, 65), (152, 21, 4), (152, 198, 48)]
@@ -72,9 +72,9 @@ class Project:
         }
         self.once = time.perf_counter() - began
         self.known = known
-        self.tuned = Tuned(model, CONFIG)
+        self.tuned = TrainableModel(model, CONFIG)
         self.model = self.tuned.model
-        self.objective = Objective(CONFIG, self.tuned, pad_id=0)
+        self.objective = TrialLoss(CONFIG, self.tuned, pad_id=0)
 
     def backward(self, forget: list[Encoded], retain: list[Encoded]) -> float:
         """Gradients of the step's loss; returns the loss."""
@@ -83,7 +83,7 @@ class Project:
         units += [[Row("retain", row)] for row in retain]
         terms = self.objective.terms(True, True)
         total = torch.zeros(())
-        for rows in alike(units, together=False):
+        for rows in length_groups(units, together=False):
             weights = {split: sum(row.split == split for row in rows) / ROWS for split in ("forget", "retain")}
             total = total + self.objective.loss(engine, rows, weights, terms).total
         total.backward()
@@ -97,7 +97,7 @@ class Straightforward:
 
     def __init__(self, model: Any, steps: Any) -> None:
         self.frozen = copy.deepcopy(model)
-        self.model = Tuned(model, CONFIG).model
+        self.model = TrainableModel(model, CONFIG).model
 
     def backward(self, forget: list[Encoded], retain: list[Encoded]) -> float:
         """Gradients of the step's loss; returns the loss."""

@@ -56,7 +56,7 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The fields of scores.json; parts that were not measured are absent."""
-        return _measured(dataclasses.asdict(self))
+        return _without_absent(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scores:
@@ -65,7 +65,7 @@ class Scores:
         return cls(**{key: value for key, value in data.items() if key in names})
 
 
-def _measured(scores: dict[str, Any]) -> dict[str, Any]:
+def _without_absent(scores: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in scores.items()
@@ -135,9 +135,9 @@ def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
     """Writes records/<id>.json. The file's existence means the trial or merge has ended."""
     data = dataclasses.asdict(record)
     for snapshot in data.get("snapshots", ()):
-        snapshot["scores"] = _measured(snapshot["scores"])
+        snapshot["scores"] = _without_absent(snapshot["scores"])
     if data.get("scores"):
-        data["scores"] = _measured(data["scores"])
+        data["scores"] = _without_absent(data["scores"])
     elif "scores" in data:
         del data["scores"]  # a failed merge has no scores
     write_json(run_dir / "records" / f"{record.id}.json", data)

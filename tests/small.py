@@ -29,3 +29,17 @@ def small_job(cache: Path) -> dict[str, Any]:
         "merge": {"candidates": 2},
         "selection": {"utility_floor": 0.2},
     }
+
+
+def sampled(space, count=50, seed=0):
+    """(parameters asked for, config returned) of `count` random trials of a study in memory."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    made = []
+    for _ in range(count):
+        trial = study.ask()
+        returned = space(trial)
+        made.append((trial.params, returned))
+    return made

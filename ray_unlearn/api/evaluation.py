@@ -16,7 +16,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.evaluator import Evaluation, device
 from ray_unlearn.evaluation.metric_suite import DIFFERENCES, check_inputs
 from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, read_losses, read_predictions
-from ray_unlearn.evaluation.scoring import Measured, make_scores
+from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
 from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_file, write_json, write_text
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def _write_measured(
-    data: EvalSet, measured: Measured, predictions: str | Path | None, losses: str | Path | None
+    data: EvalSet, measured: ModelOutputs, predictions: str | Path | None, losses: str | Path | None
 ) -> None:
     """The files that `score` reads, where asked for."""
     if predictions is not None:

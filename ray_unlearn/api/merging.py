@@ -62,11 +62,13 @@ def merge_by_recipe(
 
     `base` and `folder` (what members' names are relative to) are the file's own where None.
     """
-    from ray_unlearn.merging.recipe_file import MERGE_FILE, MergePlan, merge_file, read_plan
+    from ray_unlearn.merging.recipe_file import MERGE_FILE, MergeFile, merge_file, read_merge_file
     from ray_unlearn.models.loading import check_adapter
 
     given = (
-        MergePlan(recipe=recipe, base=None, folder=None) if isinstance(recipe, MergeRecipe) else read_plan(Path(recipe))
+        MergeFile(recipe=recipe, base=None, folder=None)
+        if isinstance(recipe, MergeRecipe)
+        else read_merge_file(Path(recipe))
     )
     base = base or given.base
     if base is None:

@@ -79,14 +79,14 @@ def train(
     from ray_unlearn.config.recipes import Geometry
     from ray_unlearn.models.loading import empty_model
     from ray_unlearn.training.dataloader import check_rows
-    from ray_unlearn.training.parameters import check_tuning
+    from ray_unlearn.training.parameters import check_trainable
 
     check_model(model)
     data = eval_set(forget, retain, skip_bad_rows=skip_bad_rows)
     shapes = empty_model(model)
     here = Geometry(layers=shapes.config.num_hidden_layers, hidden=shapes.config.hidden_size, rows=len(data.forget))
     trial = read_trial_config(recipe, config, overrides, here if scale_to_model else None, log)
-    check_tuning(shapes, trial)
+    check_trainable(shapes, trial)
     check_rows(trial, data.forget)
     settings = EvalSettings(**(evaluation or {}))
     resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold", dashboard=False)
@@ -96,9 +96,9 @@ def train(
     name = f"trial-{number:04d}"
     with cluster(address, resources) as started_here:
         from ray_unlearn.cluster.executor import Executor, events
-        from ray_unlearn.cluster.model_transfer import BenchSpec, ModelSource
+        from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 
-        spec = BenchSpec(
+        spec = WorkerSpec(
             model=ModelSource.of(model, shared=started_here),
             forget=data.forget,
             retain=data.retain,

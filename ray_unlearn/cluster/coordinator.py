@@ -1,4 +1,4 @@
-"""The keeper of a run's trials: queue between the search and the workers, and the one writer of trial records.
+"""The coordinator of a run's trials: queue between the search and the workers, and the one writer of trial records.
 
 It lives in an actor on the driver's node, so that no path has to be shared between the nodes.
 """
@@ -20,7 +20,7 @@ MAX_STARTS = 3
 LEASE_POLL_SECONDS = 0.05
 
 
-class Keeper:
+class Coordinator:
     """Queue between the search and the workers, and the one writer of a run's trial records."""
 
     def __init__(self, run_dir: str, slots: int) -> None:
@@ -34,11 +34,11 @@ class Keeper:
         self.closed = False
         self.common: dict[str, Any] = {}
 
-    async def shared(self, name: str) -> Any:
+    async def made(self, name: str) -> Any:
         """What a worker has shared under that name, or None."""
         return self.common.get(name)
 
-    async def share(self, name: str, value: Any) -> None:
+    async def keep(self, name: str, value: Any) -> None:
         """Keeps a value for all later trials; the first one stays."""
         self.common.setdefault(name, value)
 

@@ -94,7 +94,7 @@ class ScoringActors:
         try:
             for place, found, notes in ActorPool(self.actors).map_unordered(
                 lambda actor, place: actor.compute.remote(place, calls[place], evaluation.key, inputs, threads),
-                range(len(calls)),
+                list(range(len(calls))),
             ):
                 for note in notes:
                     if note not in self.said:

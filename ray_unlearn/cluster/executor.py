@@ -1,7 +1,7 @@
 """Trials on Ray Train workers: cold, a Train run each, or warm, long-lived runs that lease them.
 
 The only owner of ray.train.
-Both ways speak to one Keeper, which queues trials, collects what they post, and writes it down.
+Both ways speak to one Coordinator, which queues trials, collects what they post, and writes it down.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_unlearn.cluster.coordinator import MAX_ATTEMPTS, MAX_STARTS, Keeper
-from ray_unlearn.cluster.model_transfer import BenchSpec, open_bench
+from ray_unlearn.cluster.coordinator import MAX_ATTEMPTS, MAX_STARTS, Coordinator
+from ray_unlearn.cluster.model_transfer import WorkerSpec, open_worker_state
 from ray_unlearn.config.job import ResourcesPart
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.schema import from_dict
@@ -35,10 +35,10 @@ ZERO_3_TRIALS_PER_PROCESS = 8
 class TrainWorker:
     """A Ray Train worker as the trial loop sees it (trial.Worker)."""
 
-    def __init__(self, keeper: Any, slot: int) -> None:
+    def __init__(self, coordinator: Any, slot: int) -> None:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.keeper, self.slot, self.trial_id = keeper, slot, ""
+        self.coordinator, self.slot, self.trial_id = coordinator, slot, ""
         self.known: dict[str, Any] = {}
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -75,26 +75,26 @@ class TrainWorker:
 
     def post(self, event: str, **content: Any) -> None:
         if self.rank == 0:
-            ray.get(self.keeper.post.remote(self.slot, self.trial_id, event, content))
+            ray.get(self.coordinator.post.remote(self.slot, self.trial_id, event, content))
 
-    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self.known:
-            found = ray.get(self.keeper.shared.remote(name))
+            found = ray.get(self.coordinator.made.remote(name))
             if found is None:
                 found = make()
                 # By value: an object that this worker owned would end with it, and a cold trial's workers end.
-                ray.get(self.keeper.share.remote(name, found))
+                ray.get(self.coordinator.keep.remote(name, found))
             self.known[name] = found
         return self.known[name]
 
 
-def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], bench: Any) -> None:
+def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], state: Any) -> None:
     """One trial; an exception is posted as the reason, then ends the worker group, so that ranks never disagree."""
     from ray_unlearn.training.loop import run_trial
 
     worker.trial_id = trial_id
     try:
-        run_trial(from_dict(TrialConfig, config), bench, worker)
+        run_trial(from_dict(TrialConfig, config), state, worker)
     except Exception as error:
         traceback.print_exc()
         worker.post("error", reason=f"{type(error).__name__}: {error}")
@@ -103,45 +103,45 @@ def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], bench: Any)
         worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
 
 
-def _open_bench(config: dict[str, Any]) -> Any:
-    """The Bench on the device that Ray gave this worker; a GPU that it did not give is left alone."""
+def _open_state(config: dict[str, Any]) -> Any:
+    """The WorkerState on the device that Ray gave this worker; a GPU that it did not give is left alone."""
     import torch
 
     device = ray.train.torch.get_device()
     os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"  # read when deepspeed is imported
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config["threads"])))
-    return open_bench(config["spec"], str(device))
+    return open_worker_state(config["spec"], str(device))
 
 
 def cold_worker(config: dict[str, Any]) -> None:
     """train_loop_per_worker of one trial's own Train run."""
-    worker, bench = TrainWorker(config["keeper"], config["slot"]), _open_bench(config)
-    started = ray.get(worker.keeper.begin.remote(config["trial_id"])) if worker.rank == 0 else None
+    worker, state = TrainWorker(config["coordinator"], config["slot"]), _open_state(config)
+    started = ray.get(worker.coordinator.begin.remote(config["trial_id"])) if worker.rank == 0 else None
     if worker.broadcast(started):
-        _run(worker, config["trial_id"], config["config"], bench)
+        _run(worker, config["trial_id"], config["config"], state)
 
 
 def warm_worker(config: dict[str, Any]) -> None:
     """train_loop_per_worker of a slot: lives for the whole search and leases one trial after another."""
-    worker = TrainWorker(config["keeper"], config["slot"])
-    epoch = worker.broadcast(ray.get(worker.keeper.hello.remote(worker.slot)) if worker.rank == 0 else None)
+    worker = TrainWorker(config["coordinator"], config["slot"])
+    epoch = worker.broadcast(ray.get(worker.coordinator.hello.remote(worker.slot)) if worker.rank == 0 else None)
     if epoch == 0:
         return
-    bench = _open_bench(config)
+    state = _open_state(config)
     import deepspeed  # noqa: F401  # the slow imports are paid here, not in the first trial
     import peft  # noqa: F401
 
     if worker.rank == 0:
-        ray.get(worker.keeper.ready.remote(worker.slot))
+        ray.get(worker.coordinator.ready.remote(worker.slot))
     stage_3_trials = 0
     while True:
-        lease = ray.get(worker.keeper.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
+        lease = ray.get(worker.coordinator.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
         what, trial_id, trial = worker.broadcast(lease)
         if what == "close":
             return
         if what == "run":
-            _run(worker, trial_id, trial, bench)
+            _run(worker, trial_id, trial, state)
             stage_3_trials += trial["zero_stage"] == 3
             if stage_3_trials >= ZERO_3_TRIALS_PER_PROCESS:
                 raise RuntimeError("recycling the workers: DeepSpeed stage 3 engines leak memory in one process")
@@ -151,7 +151,7 @@ def warm_worker(config: dict[str, Any]) -> None:
 class Handle:
     """What any process of the cluster needs to run trials through an executor."""
 
-    keeper: Any
+    coordinator: Any
     spec: Any
     resources: ResourcesPart
     storage: str
@@ -162,7 +162,7 @@ class Handle:
         needs: dict[str, float] = {"CPU": resources.cpus_per_worker}
         if resources.gpus_per_worker:
             needs["GPU"] = resources.gpus_per_worker
-        common = {"keeper": self.keeper, "spec": self.spec, "slot": 0, "threads": resources.cpus_per_worker}
+        common = {"coordinator": self.coordinator, "spec": self.spec, "slot": 0, "threads": resources.cpus_per_worker}
         return TorchTrainer(
             loop,
             train_loop_config=common | extra,
@@ -177,13 +177,13 @@ class Handle:
 
 
 class Executor:
-    """Owns a search's Keeper and, when warm, the long-lived Train runs; `handle` lets others run trials on them."""
+    """Owns a search's Coordinator and, when warm, long-lived Train runs; `handle` lets others run trials on them."""
 
-    def __init__(self, run_dir: Path, spec: BenchSpec, resources: ResourcesPart, storage: Path | str) -> None:
+    def __init__(self, run_dir: Path, spec: WorkerSpec, resources: ResourcesPart, storage: Path | str) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        keeper = ray.remote(Keeper).options(num_cpus=0, max_concurrency=256, scheduling_strategy=here)
+        coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=256, scheduling_strategy=here)
         self.handle = Handle(
-            keeper=keeper.remote(str(run_dir), resources.concurrency),
+            coordinator=coordinator.remote(str(run_dir), resources.concurrency),
             spec=ray.put(spec),
             resources=resources,
             storage=str(storage),
@@ -204,15 +204,15 @@ class Executor:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if not self.closing:
-            ray.get(self.handle.keeper.slot_lost.remote(slot, reason))
+            ray.get(self.handle.coordinator.slot_lost.remote(slot, reason))
 
     def close(self) -> None:
         """Ends the warm workers and waits for their Train runs."""
         self.closing = True
-        ray.get(self.handle.keeper.close.remote())
+        ray.get(self.handle.coordinator.close.remote())
         for thread in self.threads:
             thread.join(30)
-        ray.kill(self.handle.keeper)
+        ray.kill(self.handle.coordinator)
 
 
 def _stamp() -> str:
@@ -222,13 +222,13 @@ def _stamp() -> str:
 def events(handle: Handle, trial_id: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs a trial and yields its events: ("snapshot", objectives) as they come, then ("ended", {status, reason})."""
     warm = handle.resources.executor == "warm"
-    ray.get(handle.keeper.submit.remote(trial_id, config, warm))
+    ray.get(handle.coordinator.submit.remote(trial_id, config, warm))
     thread = None
     if not warm:
         thread = threading.Thread(target=_fit_cold, args=(handle, trial_id, config), daemon=True)
         thread.start()
     while True:
-        name, content = ray.get(handle.keeper.next_event.remote(trial_id))
+        name, content = ray.get(handle.coordinator.next_event.remote(trial_id))
         if name == "ended" and thread is not None:
             thread.join(60)  # its workers free their CPUs before the next trial asks for them
         yield name, content
@@ -244,4 +244,4 @@ def _fit_cold(handle: Handle, trial_id: str, config: dict[str, Any]) -> None:
         handle.trainer(cold_worker, name, MAX_ATTEMPTS - 1, trial_id=trial_id, config=config).fit()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    ray.get(handle.keeper.fail.remote(trial_id, reason))
+    ray.get(handle.coordinator.fail.remote(trial_id, reason))

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from ray_unlearn.cluster.evaluators import ray_device
-from ray_unlearn.cluster.model_transfer import BenchSpec, open_bench
+from ray_unlearn.cluster.model_transfer import WorkerSpec, open_worker_state
 from ray_unlearn.config.job import ResourcesPart
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.merging import MergeRecipe
@@ -22,27 +22,27 @@ class MergeActor:
     """A Merger in a Ray actor: base and members are loaded once, then one recipe after another."""
 
     def __init__(self) -> None:
-        self.bench: Any = None
+        self.state: Any = None
         self.merger: Merger | None = None
 
     def score(self, recipe: MergeRecipe, inputs: list[Any], threads: int) -> Scores:
-        """The scores of a recipe's merge. `inputs` are Ray references to a BenchSpec and to the members' files by name.
+        """The scores of a recipe's merge. `inputs`: Ray references to a WorkerSpec and the members' files by name.
 
         They come with every call, so that an actor that was started again loads them anew. Files that
         come as arrays stay where they are, in the node's shared memory.
         """
         if self.merger is None:
             spec, members = ray.get(inputs)
-            self.bench = open_bench(spec, ray_device(threads))
-            self.merger = Merger(self.bench.model, members, spec.model.local())
+            self.state = open_worker_state(spec, ray_device(threads))
+            self.merger = Merger(self.state.model, members, spec.model.local())
         with self.merger.merged(recipe) as model:
-            return score_model(model, self.bench.tokenizer, self.bench.eval_set, self.bench.eval_settings)
+            return score_model(model, self.state.tokenizer, self.state.eval_set, self.state.eval_settings)
 
 
 class MergePool:
     """Merge actors that share a base and its members; each works on one recipe at a time."""
 
-    def __init__(self, spec: BenchSpec, members: Mapping[str, Files], resources: ResourcesPart, size: int) -> None:
+    def __init__(self, spec: WorkerSpec, members: Mapping[str, Files], resources: ResourcesPart, size: int) -> None:
         # As arrays, which Ray keeps in shared memory, the files are there once for all actors of a node.
         shareable = {
             name: {file: np.frombuffer(data, np.uint8) for file, data in files.items()}
@@ -56,7 +56,7 @@ class MergePool:
             max_restarts=-1,
             max_task_retries=1,  # a recipe that kills its actor twice is a failed merge, not the end of the others
         )
-        self._actors = [actor.remote() for _ in range(size)]
+        self._actors: list[Any] = [actor.remote() for _ in range(size)]
         self._free = list(self._actors)
         self._running: dict[Any, tuple[str, Any]] = {}
 

@@ -57,8 +57,8 @@ class ModelSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSpec:
-    """All that a worker needs to build its Bench, as one object that travels through Ray's object store."""
+class WorkerSpec:
+    """All that a worker needs to build its WorkerState, as one object that travels through Ray's object store."""
 
     model: ModelSource
     forget: Sequence[Example]
@@ -69,18 +69,18 @@ class BenchSpec:
     utility_floor: float
 
 
-def open_bench(spec: BenchSpec | Any, device: str = "cpu") -> Any:
-    """Loads what the spec names; a Bench in this process."""
+def open_worker_state(spec: WorkerSpec | Any, device: str = "cpu") -> Any:
+    """Loads what the spec names; a WorkerState in this process."""
     import ray
 
     from ray_unlearn.models.loading import load_model, load_tokenizer
-    from ray_unlearn.training.worker import Bench
+    from ray_unlearn.training.worker import WorkerState
 
     if isinstance(spec, ray.ObjectRef):
         spec = ray.get(spec)
     path = spec.model.local()
     model = load_model(path, spec.dtype).to(device).requires_grad_(False)
-    return Bench(
+    return WorkerState(
         model=model,
         tokenizer=load_tokenizer(path),
         forget=spec.forget,

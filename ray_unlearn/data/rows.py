@@ -40,7 +40,7 @@ def find_file(path: str | Path, stem: str) -> Path:
         for candidate in found:
             if candidate.exists():
                 return candidate
-        raise InputError(f"{path} holds no {stem}.jsonl or {stem}.parquet; it has: {_listing(path)}.")
+        raise InputError(f"{path} holds no {stem}.jsonl or {stem}.parquet; it has: {_file_names(path)}.")
     if not path.exists():
         raise InputError(f"no such file: {path}. Give a .jsonl or .parquet file, or a directory with {stem}.*.")
     if path.suffix not in (".jsonl", ".parquet"):
@@ -75,7 +75,7 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text: {error}.") from error
 
 
-def _listing(directory: Path) -> str:
+def _file_names(directory: Path) -> str:
     return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
 
 
@@ -164,7 +164,7 @@ def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
 
 def _refuse(problems: Sequence[str], files: Sequence[_Scanned], skip_bad: bool) -> None:
     if problems and not skip_bad:
-        raise InputError(listing("bad rows", problems, "Mend them, or drop them with --skip-bad-rows."))
+        raise InputError(problem_list("bad rows", problems, "Mend them, or drop them with --skip-bad-rows."))
     if problems:
         names = " and ".join(str(file.path) for file in files)
         logging.getLogger(__name__).warning(
@@ -175,7 +175,7 @@ def _refuse(problems: Sequence[str], files: Sequence[_Scanned], skip_bad: bool) 
             raise InputError(f"{file.path} has no {'good ' if problems else ''}rows; at least one is needed.")
 
 
-def listing(what: str, problems: Sequence[str], advice: str) -> str:
+def problem_list(what: str, problems: Sequence[str], advice: str) -> str:
     """A refusal that lists every problem: the first twenty, then how many more."""
     shown = list(problems[:SHOWN_PROBLEMS])
     if len(problems) > SHOWN_PROBLEMS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.protocols import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def document_of(input: str, output: str) -> str:
     return input + glue + output
 
 
-def encode(tokenizer: Any, input: str, output: str, eos: bool = False) -> Encoded:
+def encode(tokenizer: Tokenizer, input: str, output: str, eos: bool = False) -> Encoded:
     """Tokens of prompt and answer such that the prompt's are exactly those that generation starts from.
 
     The text is tokenised as a whole; where that would merge the prompt's last token with the

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.evaluation.work_units import Unit
+from ray_unlearn.evaluation.work_units import WorkUnit
 from ray_unlearn.files import versions, write_json
 from ray_unlearn.schema import digest
 
@@ -28,7 +28,7 @@ class FinishedUnits:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
 
-    def load(self, units: Sequence[Unit]) -> dict[int, list[Any]]:
+    def load(self, units: Sequence[WorkUnit]) -> dict[int, list[Any]]:
         """Results of the units that were finished before, by index. A file that is not whole is none."""
         found: dict[int, list[Any]] = {}
         for index, unit in enumerate(units):
@@ -43,7 +43,7 @@ class FinishedUnits:
                 found[index] = kept["results"]
         return found
 
-    def save(self, index: int, unit: Unit, results: list[Any]) -> None:
+    def save(self, index: int, unit: WorkUnit, results: list[Any]) -> None:
         """Keeps a unit's results."""
         place = self._place(index)
         if place is not None:

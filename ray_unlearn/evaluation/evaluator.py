@@ -11,9 +11,9 @@ from typing import Any
 from ray_unlearn.evaluation.cache import FinishedUnits, evaluation_digest
 from ray_unlearn.evaluation.generation import check_prompts
 from ray_unlearn.evaluation.metric_suite import DIFFERENCES, Work, more_metrics
-from ray_unlearn.evaluation.scoring import Measured, describe
+from ray_unlearn.evaluation.scoring import ModelOutputs, describe
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.evaluation.work_units import Unit, compute, plan
+from ray_unlearn.evaluation.work_units import WorkUnit, compute, split_work
 from ray_unlearn.files import weights_digest
 from ray_unlearn.metrics import METRICS
 from ray_unlearn.models.loading import load_model, load_tokenizer
@@ -37,9 +37,9 @@ class Evaluation:
         """Which model it is."""
         return self.model, self.adapter
 
-    def measure(self, each: Each, cache: str | Path | None, log: Log) -> Measured:
+    def measure(self, each: Each, cache: str | Path | None, log: Log) -> ModelOutputs:
         """What the model says, loses and chooses; units found in `cache` are not computed again."""
-        units = plan(self.data, self.settings)
+        units = split_work(self.data, self.settings)
         finished = FinishedUnits(self._folder(cache, log))
         results = finished.load(units)
         missing = [index for index in range(len(units)) if index not in results]
@@ -50,7 +50,7 @@ class Evaluation:
             results[index] = found
             finished.save(index, units[index], found)
             log(f"{units[index].part}: part {done} of {len(missing)} done")
-        return Measured.of(units, [results[index] for index in range(len(units))])
+        return ModelOutputs.of(units, [results[index] for index in range(len(units))])
 
     def more(
         self,
@@ -92,7 +92,7 @@ class Evaluation:
             log=log,
         )
 
-    def scores(self, measured: Measured) -> Scores:
+    def scores(self, measured: ModelOutputs) -> Scores:
         """What was measured, as Scores."""
         return measured.scores(self.data, self.settings, self.dtype)
 
@@ -128,7 +128,7 @@ class Scorer:
         for line in check_prompts(self.model, self.tokenizer, rows, settings.max_new_tokens):
             log(line)
 
-    def compute(self, unit: Unit) -> list[Any]:
+    def compute(self, unit: WorkUnit) -> list[Any]:
         """The unit's results."""
         return compute(unit, self.model, self.tokenizer, self.data, self.settings)
 

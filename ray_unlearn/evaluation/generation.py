@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ray_unlearn.data.tokens import encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics.generation import rouge_l_recall
 from ray_unlearn.models.decoding import greedy
 from ray_unlearn.models.forward import context_of
+from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
 
 CLEAN_UP = (
@@ -30,7 +30,7 @@ UNSURE_WORDS = 3
 """Words at a text's end that its next tokens may still change: one unfinished, and what CLEAN_UP may join to it."""
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of new tokens: special tokens skipped, tokenisation spaces cleaned up."""
     return clean_up(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -46,8 +46,8 @@ def clean_up(text: str) -> str:
 
 
 def continuations(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Example],
     max_new_tokens: int,
     batch_size: int,
@@ -63,12 +63,12 @@ def continuations(
         tokenizer,
         [row.ids[row.prompt :] for row in encoded],
         batch_size=batch_size,
-        settled=lambda index, ids: not exact_texts and certain(tokenizer, rows[index], ids),
+        stop_early=lambda index, ids: not exact_texts and certain(tokenizer, rows[index], ids),
     )
     return [decode(tokenizer, ids) for ids in new]
 
 
-def certain(tokenizer: Any, row: Example, ids: Sequence[int]) -> bool:
+def certain(tokenizer: Tokenizer, row: Example, ids: Sequence[int]) -> bool:
     """Whether a row's score is the same for every continuation of these new ids.
 
     A question is answered wrongly once the text is no beginning of the answer; a completion has
@@ -90,7 +90,7 @@ def _letters(text: str) -> str:
     return "".join(text.lower().casefold().split())
 
 
-def check_prompts(model: Any, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int) -> list[str]:
+def check_prompts(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Example], max_new_tokens: int) -> list[str]:
     """Refuses prompts that fill the model's context; returns a line for each row whose generation it will cut.
 
     The organisers set no limit, and would let the model run past its context.

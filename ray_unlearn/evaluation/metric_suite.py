@@ -13,11 +13,12 @@ from ray_unlearn import metrics
 from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.evaluation.spec import EvalSet
-from ray_unlearn.evaluation.work_units import BATCHES_IN_UNIT, dealt
+from ray_unlearn.evaluation.work_units import BATCHES_IN_UNIT, balanced_shares
 from ray_unlearn.metrics import METRICS, membership, memorisation
 from ray_unlearn.metrics.intervals import limits, membership_resamples, ratio_interval
 from ray_unlearn.metrics.privacy import score_differences
-from ray_unlearn.models.token_statistics import TokenSignals, gradient_norms, token_signals
+from ray_unlearn.models.token_statistics import TokenStatistics, gradient_norms, token_statistics
+from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example, Scores, document_id
 
 DIFFERENCES = "score_differences"
@@ -28,11 +29,11 @@ Work = Callable[[Any, Sequence[Any]], list[Any]]
 Spread = Callable[[Work, Any, Sequence[Sequence[Any]]], list[list[Any]]]
 """(work, model, shares) -> work(model, share) of each share of the rows, done here or by workers that hold the model.
 Work can be pickled."""
-Measured = dict[str, dict[str, Any]]
+MetricParts = dict[str, dict[str, Any]]
 """Part (forget, retain, auc, ...) -> value, and interval where there is one."""
 
 
-def _here(work: Work, model: Any, shares: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def _here(work: Work, model: CausalLM, shares: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [work(model, share) for share in shares]
 
 
@@ -47,7 +48,7 @@ def extra_names(names: Sequence[str]) -> list[str]:
 def more_metrics(
     names: Sequence[str],
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: EvalSet,
     *,
     texts: Sequence[str] | None = None,
@@ -59,7 +60,7 @@ def more_metrics(
     seed: int = 0,
     spread: Spread = _here,
     log: Callable[[str], None] = lambda line: None,
-) -> dict[str, Measured]:
+) -> dict[str, MetricParts]:
     """Metric -> part -> {value, interval} of the named metrics, as they stand under `metrics` in scores.json.
 
     `texts` are the model's generations for the forget rows, then the retain rows; ROUGE needs them. `reference` is a
@@ -171,7 +172,7 @@ def _following(rows: Sequence[Example], group: Sequence[int], place: int, count:
 class _Shared:
     """What is the same for the model and its reference."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     data: EvalSet
     wrong: dict[str, list[list[str]]]
     moments: bool
@@ -197,18 +198,18 @@ class _Shared:
 class _Subject:
     """A model and the signals that several metrics share, each computed when first asked for."""
 
-    def __init__(self, model: Any, texts: Sequence[str] | None, scores: Scores | None, shared: _Shared) -> None:
+    def __init__(self, model: CausalLM, texts: Sequence[str] | None, scores: Scores | None, shared: _Shared) -> None:
         self.model, self.texts, self.scores, self.shared = model, texts, scores, shared
 
-    def signals(self, rows: Sequence[Encoded], moments: bool = False) -> list[TokenSignals]:
+    def signals(self, rows: Sequence[Encoded], moments: bool = False) -> list[TokenStatistics]:
         """Token signals of rows."""
         shared = self.shared
-        work = partial(token_signals, tokenizer=shared.tokenizer, moments=moments, batch_size=shared.batch_size)
+        work = partial(token_statistics, tokenizer=shared.tokenizer, moments=moments, batch_size=shared.batch_size)
         return self._spread(work, rows)
 
     def _spread(self, work: Work, rows: Sequence[Encoded]) -> list[Any]:
         """The work on all rows, in shares that do not depend on who does them."""
-        shares = dealt([len(row.ids) for row in rows], BATCHES_IN_UNIT * self.shared.batch_size)
+        shares = balanced_shares([len(row.ids) for row in rows], BATCHES_IN_UNIT * self.shared.batch_size)
         results = self.shared.spread(work, self.model, [[rows[i] for i in share] for share in shares])
         found: dict[int, Any] = {}
         for share, result in zip(shares, results, strict=True):
@@ -216,7 +217,7 @@ class _Subject:
         return [found[index] for index in range(len(rows))]
 
     @cached_property
-    def answers(self) -> dict[str, list[TokenSignals]]:
+    def answers(self) -> dict[str, list[TokenStatistics]]:
         """Of each split's rows, over the answer."""
         return {
             split: self.signals([encode(self.shared.tokenizer, row.input, row.output) for row in rows])
@@ -241,7 +242,7 @@ class _Subject:
         return ratios
 
     @cached_property
-    def documents(self) -> list[TokenSignals]:
+    def documents(self) -> list[TokenStatistics]:
         """Of members, then non-members."""
         return self.signals(self.shared.documents, self.shared.moments)
 
@@ -255,7 +256,7 @@ def _has_inputs(name: str, subject: _Subject) -> bool:
     return METRICS[name].family != "generation" or subject.texts is not None
 
 
-def _measure(name: str, subject: _Subject, reference: _Subject | None) -> Measured:
+def _measure(name: str, subject: _Subject, reference: _Subject | None) -> MetricParts:
     """One metric of one model."""
     if METRICS[name].family == "membership":
         return _membership(_document_signals(name, subject, reference), subject.shared)
@@ -299,7 +300,7 @@ def _row_values(name: str, subject: _Subject, split: str) -> list[float]:
     return [compute(row.log_probs if of_log_probs else row.matches) for row in subject.answers[split]]
 
 
-def _perplexity(rows: Sequence[TokenSignals], documents: Sequence[str], seed: int) -> dict[str, Any]:
+def _perplexity(rows: Sequence[TokenStatistics], documents: Sequence[str], seed: int) -> dict[str, Any]:
     pooled = np.concatenate([row.log_probs for row in rows])
     totals, sizes = [float(row.log_probs.sum()) for row in rows], [float(len(row.log_probs)) for row in rows]
     # the ends are of the mean log-probability, whose higher end is the lower perplexity
@@ -323,7 +324,7 @@ def _document_signals(name: str, subject: _Subject, reference: _Subject | None) 
     return [compute(*values) for values in zip(*columns, strict=True)]
 
 
-def _membership(signals: Sequence[float], shared: _Shared) -> Measured:
+def _membership(signals: Sequence[float], shared: _Shared) -> MetricParts:
     count = len(shared.data.members)
     members, nonmembers = signals[:count], signals[count:]
     areas, rates = membership_resamples(members, nonmembers, seed=shared.seed)
@@ -346,7 +347,7 @@ def _privleak(subject: _Subject, reference: _Subject) -> dict[str, Any]:
     return {"value": value, "interval": limits(leaks if leaks.size else [value], value)}
 
 
-def _differences(subject: _Subject, reference: _Subject) -> Measured:
+def _differences(subject: _Subject, reference: _Subject) -> MetricParts:
     """Every term and objective of both models, where both were measured."""
     assert subject.scores is not None and reference.scores is not None
     mine, theirs = ({**_objectives(scores), **scores.terms} for scores in (subject.scores, reference.scores))
@@ -362,7 +363,7 @@ def _objectives(scores: Scores) -> dict[str, float]:
     return {name: value for name in names if (value := getattr(scores, name)) is not None}
 
 
-def _compare(measured: Measured, reference: Measured) -> None:
+def _compare(measured: MetricParts, reference: MetricParts) -> None:
     """Adds the reference's values and the differences from them."""
     theirs = {part: values["value"] for part, values in reference.items()}
     differences = score_differences({part: values["value"] for part, values in measured.items()}, theirs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ray_unlearn.models.forward import (
     vocabulary_of,
 )
 from ray_unlearn.models.likelihood import row_losses, token_losses
+from ray_unlearn.protocols import CausalLM, Tokenizer
 
 PROMPT_LIMIT = 2048
 """Tokens of a few-shot prompt in Open-Instruct; shots are dropped beyond it."""
@@ -31,7 +31,7 @@ MAX_CACHED = 4 * MAX_TOKENS
 """Tokens, prefixes included, whose keys and values one batch of questions may hold."""
 
 
-def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokenizer: Any, limit: int) -> str:
+def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokenizer: Tokenizer, limit: int) -> str:
     """Open-Instruct's MMLU prompt: header, solved examples, the question; shots are dropped beyond `limit` tokens.
 
     The header's two spaces before the subject are Open-Instruct's (format_subject).
@@ -51,8 +51,8 @@ def _block(question: Question) -> str:
 
 
 def letter_choices(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     questions: Sequence[Question],
     dev: dict[str, list[Question]],
     shots: int,
@@ -83,7 +83,7 @@ def letter_choices(
 
 
 def _by_prefix(
-    model: Any, shared: Sequence[str], prompts: Sequence[tuple[int, ...]]
+    model: CausalLM, shared: Sequence[str], prompts: Sequence[tuple[int, ...]]
 ) -> list[tuple[tuple[int, ...], list[int]]]:
     """Groups of prompts whose texts begin with the same header and examples, and the tokens that they share.
 
@@ -107,7 +107,7 @@ def _by_prefix(
 
 
 def _last_logits(
-    model: Any,
+    model: CausalLM,
     pad: int,
     prompts: Sequence[tuple[int, ...]],
     prefix: tuple[int, ...],
@@ -135,7 +135,7 @@ def _last_logits(
     return found
 
 
-def cloze_choices(model: Any, tokenizer: Any, questions: Sequence[Question], batch_size: int) -> list[int]:
+def cloze_choices(model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Question], batch_size: int) -> list[int]:
     """Index of the option text with the lowest mean token loss after the bare question, computed once for the four."""
     rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
     longest = max((len(row.ids) for row in rows), default=0)
@@ -160,7 +160,7 @@ def cloze_choices(model: Any, tokenizer: Any, questions: Sequence[Question], bat
 
 
 def _answer_losses(
-    model: Any, pad: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    model: CausalLM, pad: int, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """Mean token loss of each prompt's four answers.
 

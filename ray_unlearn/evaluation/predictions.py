@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.data.rows import find_file, kind_of, kind_problem, listing, load_pair, read_rows, row_problem
+from ray_unlearn.data.rows import find_file, kind_of, kind_problem, load_pair, problem_list, read_rows, row_problem
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSet
 
@@ -37,7 +37,7 @@ def check_complete(name: str, places: dict[tuple[str, str], str], files: dict[st
         if asked.get((split, row), expected) != expected
     ]
     if problems:
-        raise InputError(listing(f"problems with the rows of {name}", problems, "Predict each row once."))
+        raise InputError(problem_list(f"problems with the rows of {name}", problems, "Predict each row once."))
 
 
 def read_predictions(
@@ -55,7 +55,7 @@ def read_predictions(
             seen[row["split"], row["id"]] = number
             good.append((row["split"], row["task"], kind_of(row) or "", row["expected_output"], row["model_output"]))
     if problems:
-        raise InputError(listing("bad rows", problems, "Mend them."))
+        raise InputError(problem_list("bad rows", problems, "Mend them."))
     if not good:
         raise InputError(f"{path} has no rows; at least one is needed.")
     return good, {key: row[3] for key, row in zip(seen, good, strict=True)}

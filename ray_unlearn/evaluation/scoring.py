@@ -9,7 +9,8 @@ from typing import Any
 from ray_unlearn import metrics
 from ray_unlearn.evaluation import generation
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.evaluation.work_units import ALONE, Shard, Unit, compute, plan
+from ray_unlearn.evaluation.work_units import ALONE, Shard, WorkUnit, compute, split_work
+from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Scores
 
 Log = Callable[[str], None]
@@ -22,7 +23,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelOutputs:
     """What a model said, lost and chose, in the order of the data."""
 
     texts: list[str]
@@ -30,7 +31,7 @@ class Measured:
     choices: list[int]
 
     @classmethod
-    def of(cls, units: Sequence[Unit], results: Sequence[Sequence[Any]]) -> Measured:
+    def of(cls, units: Sequence[WorkUnit], results: Sequence[Sequence[Any]]) -> ModelOutputs:
         """The units' results, put back in the order of the data."""
         parts: dict[str, dict[int, Any]] = {"texts": {}, "losses": {}, "choices": {}}
         for unit, found in zip(units, results, strict=True):
@@ -66,8 +67,8 @@ class Measured:
 
 
 def evaluate_model(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     data: EvalSet,
     settings: EvalSettings,
     shard: Shard = ALONE,
@@ -81,27 +82,29 @@ def evaluate_model(
     return measured.scores(data, settings, dtype_of(model)), measured.texts
 
 
-def score_model(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE) -> Scores:
+def score_model(
+    model: CausalLM, tokenizer: Tokenizer, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE
+) -> Scores:
     """The same Scores where nobody reads the generations: rows end as soon as their score is certain."""
     measured = _measure(model, tokenizer, data, settings, shard, lambda line: None, exact_texts=False)
     return measured.scores(data, settings, dtype_of(model))
 
 
 def _measure(
-    model: Any,
-    tokenizer: Any,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     data: EvalSet,
     settings: EvalSettings,
     shard: Shard,
     log: Log,
     exact_texts: bool,
-) -> Measured:
+) -> ModelOutputs:
     for line in generation.check_prompts(model, tokenizer, [*data.forget, *data.retain], settings.max_new_tokens):
         log(line)
-    units = plan(data, settings)
+    units = split_work(data, settings)
     log(f"evaluating {describe(data)}")
     mine = [compute(unit, model, tokenizer, data, settings, exact_texts) for unit in shard.take(units)]
-    return Measured.of(units, shard.join(mine, len(units)))
+    return ModelOutputs.of(units, shard.join(mine, len(units)))
 
 
 def describe(data: EvalSet) -> str:
@@ -110,7 +113,7 @@ def describe(data: EvalSet) -> str:
     return f"{len(data.forget) + len(data.retain)} rows, {documents}, {len(data.questions)} questions"
 
 
-def dtype_of(model: Any) -> str:
+def dtype_of(model: CausalLM) -> str:
     """The precision of the model's weights, as settings state it."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 

@@ -13,6 +13,7 @@ from ray_unlearn.evaluation import generation, mmlu
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models import likelihood
 from ray_unlearn.models.forward import scoring_mode
+from ray_unlearn.protocols import CausalLM, Tokenizer
 
 Gather = Callable[[list[Any]], list[Any]]
 """All workers' lists to their concatenation on every worker; the identity when there is one worker."""
@@ -48,7 +49,7 @@ BATCHES_IN_UNIT = 8
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """A share of an evaluation that is computed as a whole: indices into the rows, documents or questions.
 
     Units depend on data and settings alone, so results are the same whoever computes which.
@@ -59,20 +60,20 @@ class Unit:
     rows: tuple[int, ...]
 
 
-def plan(data: EvalSet, settings: EvalSettings) -> list[Unit]:
+def split_work(data: EvalSet, settings: EvalSettings) -> list[WorkUnit]:
     """All units of an evaluation, each of a few batches."""
     size = BATCHES_IN_UNIT * settings.batch_size
     rows = [*data.forget, *data.retain]
     documents = [*data.members, *data.nonmembers] if data.members and data.nonmembers else []
     parts = {
-        "texts": dealt([len(row.input) + len(row.output) for row in rows], size),
-        "losses": dealt([len(document) for document in documents], size),
+        "texts": balanced_shares([len(row.input) + len(row.output) for row in rows], size),
+        "losses": balanced_shares([len(document) for document in documents], size),
         "choices": _by_subject(data.questions, size),
     }
-    return [Unit(part, tuple(indices)) for part, groups in parts.items() for indices in groups]
+    return [WorkUnit(part, tuple(indices)) for part, groups in parts.items() for indices in groups]
 
 
-def dealt(lengths: Sequence[int], size: int) -> list[list[int]]:
+def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in groups of at most `size`, each with its share of short and long ones."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups = -(-len(order) // size)
@@ -86,7 +87,12 @@ def _by_subject(questions: Sequence[Question], size: int) -> list[list[int]]:
 
 
 def compute(
-    unit: Unit, model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings, exact_texts: bool = True
+    unit: WorkUnit,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    data: EvalSet,
+    settings: EvalSettings,
+    exact_texts: bool = True,
 ) -> list[Any]:
     """The unit's results, one for each of its rows: a text, a loss, or the index of an option."""
     with scoring_mode(model):
@@ -106,7 +112,9 @@ def compute(
         return mmlu_choices(model, tokenizer, [data.questions[i] for i in unit.rows], data.dev, settings)
 
 
-def document_losses(model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings) -> list[float]:
+def document_losses(
+    model: CausalLM, tokenizer: Tokenizer, documents: Sequence[str], settings: EvalSettings
+) -> list[float]:
     """Mean next-token cross-entropy over each whole document, the MIA's signal; as finite numbers or InputError."""
     rows = [Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents]
     likelihood.check_documents(rows, model)
@@ -116,7 +124,11 @@ def document_losses(model: Any, tokenizer: Any, documents: Sequence[str], settin
 
 
 def mmlu_choices(
-    model: Any, tokenizer: Any, questions: Sequence[Question], dev: dict[str, list[Question]], settings: EvalSettings
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    dev: dict[str, list[Question]],
+    settings: EvalSettings,
 ) -> list[int]:
     """Index of the option that the model chooses for each question."""
     if settings.mmlu_mode == "cloze":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, spread
+from ray_unlearn.losses.rows import row_mean, scatter_tokens
 from ray_unlearn.losses.table import Loss, Method, Option
 
 
@@ -53,7 +53,7 @@ def logit_margin(logits: Tensor, mask: Tensor) -> Tensor:
     Zero for a uniform distribution: bounded below, unlike ascent. The forget term of PDU (Entesari et
     al. 2025, arXiv 2506.05314); rows as in weighted_ascent.
     """
-    return row_mean(spread((logits.amax(-1) - logits.mean(-1)) ** 2, mask), mask).mean()
+    return row_mean(scatter_tokens((logits.amax(-1) - logits.mean(-1)) ** 2, mask), mask).mean()
 
 
 OPTIONS = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, spread, token_mean
+from ray_unlearn.losses.rows import row_mean, scatter_tokens, token_mean
 from ray_unlearn.losses.table import Loss, Method, Option
 
 
@@ -22,7 +22,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: s
     """
     ours, theirs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     weigh, against = (theirs, ours) if direction == "reference" else (ours, theirs)
-    return row_mean(spread((weigh.exp() * (weigh - against)).sum(-1), mask), mask).mean()
+    return row_mean(scatter_tokens((weigh.exp() * (weigh - against)).sum(-1), mask), mask).mean()
 
 
 def target_kl(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def renyi_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor, alpha: fl
     as alpha goes to 1. Renyi 1961.
     """
     mixed = alpha * ref_logits.log_softmax(-1) + (1 - alpha) * logits.log_softmax(-1)
-    return row_mean(spread(mixed.logsumexp(-1) / (alpha - 1), mask), mask).mean()
+    return row_mean(scatter_tokens(mixed.logsumexp(-1) / (alpha - 1), mask), mask).mean()
 
 
 def undial(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 10.0) -> Tensor:
@@ -51,7 +51,7 @@ def undial(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, be
     """
     lowered = ref_logits - beta * F.one_hot(targets, ref_logits.shape[-1])
     pointwise = -(lowered.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    return row_mean(spread(pointwise, mask), mask).mean()
+    return row_mean(scatter_tokens(pointwise, mask), mask).mean()
 
 
 def ce_u(logits: Tensor, targets: Tensor, mask: Tensor, skip: int = 1) -> Tensor:
@@ -62,7 +62,7 @@ def ce_u(logits: Tensor, targets: Tensor, mask: Tensor, skip: int = 1) -> Tensor
     """
     teacher = logits.detach().scatter(-1, targets[:, None], -math.inf).softmax(-1)
     later = mask & (mask.cumsum(1) > skip)
-    return row_mean(spread(-(teacher * logits.log_softmax(-1)).sum(-1), mask), later).mean()
+    return row_mean(scatter_tokens(-(teacher * logits.log_softmax(-1)).sum(-1), mask), later).mean()
 
 
 def noise_kl(logits: Tensor, noise: Tensor, mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, spread
+from ray_unlearn.losses.rows import row_mean, scatter_tokens
 from ray_unlearn.losses.table import Loss, Method, Option
 
 
@@ -15,7 +15,7 @@ def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
     Mean over H, over a row's masked tokens, over rows: Li et al. 2024 (arXiv 2403.03218), the forget loss.
     """
     wanted = control.repeat_interleave(mask.sum(1), dim=0)
-    return row_mean(spread((hidden - wanted).square().mean(-1), mask), mask).mean()
+    return row_mean(scatter_tokens((hidden - wanted).square().mean(-1), mask), mask).mean()
 
 
 def hidden_mse(hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def hidden_mse(hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
 
     Mean as in `rmu`: its retain term (arXiv 2403.03218).
     """
-    return row_mean(spread((hidden - ref_hidden).square().mean(-1), mask), mask).mean()
+    return row_mean(scatter_tokens((hidden - ref_hidden).square().mean(-1), mask), mask).mean()
 
 
 def control_vector(size: int, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,6 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
+def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """(values [N], mask [B,T]) -> [B,T]: values of the masked tokens, in row-major order, back in their places."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

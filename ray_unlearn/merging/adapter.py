@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from ray_unlearn.merging.members import Source
 from ray_unlearn.merging.methods import MERGES
 from ray_unlearn.merging.recipe import MergeRecipe, depth_of
 from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE
+from ray_unlearn.protocols import CausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class AdapterReport:
 
 
 def write_adapter(
-    recipe: MergeRecipe, base: Any, base_name: str, members: Mapping[str, Source], out: Path,
+    recipe: MergeRecipe, base: CausalLM, base_name: str, members: Mapping[str, Source], out: Path,
     rank: int | None = None,
 ) -> AdapterReport:  # fmt: skip
     """Writes the merge over a loaded base as a PEFT adapter of one rank at `out`, scaling 1.

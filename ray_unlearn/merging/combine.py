@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ray_unlearn.merging.sparsify import (
     keep_count,
     rescaled,
 )
+from ray_unlearn.protocols import CausalLM
 
 HISTOGRAMS_IN_BLOCK = 128
 
@@ -37,7 +38,7 @@ class Combiner:
     a cut is found once for each density.
     """
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: CausalLM) -> None:
         self.base = base
         self.members: dict[str, Member] = {}
         layers = [int(found[1]) for name, _ in base.named_parameters() if (found := LAYER.search(name))]
@@ -74,7 +75,7 @@ class Combiner:
         settings = settings or recipe.at(depth_of(name, self.layers))
         self.check_factors(recipe)
         having = [place for place, member in enumerate(recipe.members) if name in self.members[member].tensors]
-        factors = [self.members[recipe.members[place]].tensors[name] for place in having]
+        factors = [cast(Factors, self.members[recipe.members[place]].tensors[name]) for place in having]
         weights, densities = ([values[p] for p in having] for values in (settings.weights, settings.densities))
         return ties_factors(factors, weights, densities, settings.lambda_)
 
@@ -92,11 +93,11 @@ class Combiner:
         first = sides[0]
         for name, side in zip(recipe.members[1:], sides[1:], strict=True):
             common = [key for key in first if key in side]
-            alike = shared_start([first[key] for key in common], [side[key] for key in common])
-            if alike < SHARED_START:
+            likeness = shared_start([first[key] for key in common], [side[key] for key in common])
+            if likeness < SHARED_START:
                 warnings.warn(
                     f"the A matrices of {recipe.members[0]} and {name} do not share an initialisation (mean cosine "
-                    f"{alike:.2f}): the signs that {recipe.method} elects on them mean nothing. Use ties on deltas.",
+                    f"{likeness:.2f}): the signs that {recipe.method} elects on them mean nothing. Use ties on deltas.",
                     stacklevel=2,
                 )
         self._checked.add(key)

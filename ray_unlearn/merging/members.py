@@ -18,6 +18,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.merging.factors import Factors
 from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE, read_snapshot
 from ray_unlearn.models.stored_tensors import StoredTensors
+from ray_unlearn.protocols import CausalLM
 
 Files: TypeAlias = Mapping[str, Any]
 """A member's files: bytes, or anything with their buffer, by name. Nothing is copied out of the buffer."""
@@ -40,7 +41,7 @@ class Member:
     """The member's bytes, in a fixed order."""
 
     @classmethod
-    def of(cls, source: Source, base: Any, name: str) -> Member:
+    def of(cls, source: Source, base: CausalLM, name: str) -> Member:
         """Reads a member; `name` is for messages. Raises InputError for one of another base.
 
         Of a full checkpoint the parameters are merged; buffers, integer ones among them, stay the base's.

@@ -18,7 +18,7 @@ CARD_BLOCK = re.compile(r"^## Merge recipe$.*?^(`{3,})yaml\n(?P<recipe>.*?)^\1$"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergePlan:
+class MergeFile:
     """A recipe as a file states it."""
 
     recipe: MergeRecipe
@@ -37,7 +37,7 @@ def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None) -> di
     return {"base": base, **({"folder": str(folder)} if folder else {}), **recipe.to_json()}
 
 
-def read_plan(given: Path) -> MergePlan:
+def read_merge_file(given: Path) -> MergeFile:
     """The recipe in a merge.json or YAML file, in a model card, or in a merged model's directory.
 
     Raises InputError where there is none.
@@ -56,4 +56,4 @@ def read_plan(given: Path) -> MergePlan:
     if not isinstance(data, dict) or "members" not in data:
         raise InputError(f"{path} holds no merge recipe: a mapping with method, members, weights and densities.")
     folder = data.get("folder")
-    return MergePlan(recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None)
+    return MergeFile(recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None)

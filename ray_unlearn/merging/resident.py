@@ -14,6 +14,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import Combiner
 from ray_unlearn.merging.members import Source
 from ray_unlearn.models.stored_tensors import StoredTensors
+from ray_unlearn.protocols import CausalLM
 
 
 class Merger:
@@ -24,7 +25,7 @@ class Merger:
     `path`), copies are kept in memory.
     """
 
-    def __init__(self, model: Any, members: Mapping[str, Source] | None = None, path: str | None = None) -> None:
+    def __init__(self, model: CausalLM, members: Mapping[str, Source] | None = None, path: str | None = None) -> None:
         self.model = model
         self.combiner = Combiner(model)
         self._parameters = dict(model.named_parameters())

@@ -9,11 +9,11 @@ from ray_unlearn.metrics.generation import exact_match, rouge_l_recall
 
 KIND_METRIC = {"sc": ("regurgitation", rouge_l_recall), "qa": ("knowledge", exact_match)}
 
-Row = tuple[str, str, str, str, str]
+ScoredRow = tuple[str, str, str, str, str]
 """split, task, kind, expected, generated."""
 
 
-def row_values(rows: Iterable[Row]) -> list[tuple[str, float]]:
+def row_values(rows: Iterable[ScoredRow]) -> list[tuple[str, float]]:
     """(split/task/metric, value) of each row, in order: ROUGE-L recall or exact match, nothing inverted."""
     values = []
     for split, task, kind, expected, generated in rows:
@@ -22,7 +22,7 @@ def row_values(rows: Iterable[Row]) -> list[tuple[str, float]]:
     return values
 
 
-def task_terms(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+def task_terms(rows: Iterable[ScoredRow]) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """Rows -> (terms, raw means, counts), each under split/task/metric; forget terms are 1 - raw."""
     return cell_terms(row_values(rows))
 

@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -22,10 +21,11 @@ from ray_unlearn.models.forward import (
     share_a_pass,
     vocabulary_of,
 )
+from ray_unlearn.protocols import CausalLM, Tokenizer
 
 CACHE_BYTES = 2**30
 """Memory that the decoding rows' keys and values may take, where `batch_size` rows do not take more."""
-Settled = Callable[[int, list[int]], bool]
+StopEarly = Callable[[int, list[int]], bool]
 """(row, its new ids so far) -> whether the caller needs no more of them."""
 
 PROCESSORS = {
@@ -51,7 +51,7 @@ PROCESSORS = {
 
 
 @dataclass
-class _Row:
+class _Sequence:
     """A row on its way: its prompt, what it is expected to say, and what the model has said."""
 
     index: int
@@ -68,21 +68,21 @@ class _Row:
 
 
 def greedy(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     drafts: Sequence[Sequence[int]] | None = None,
     *,
     batch_size: int = 32,
-    settled: Settled = lambda index, new: False,
+    stop_early: StopEarly = lambda index, new: False,
 ) -> list[list[int]]:
     """New token ids of each prompt, most probable token first, up to EOS (kept), `max_new_tokens` or the context's end.
 
     `drafts` are continuations that the model may make; they cost one pass and change nothing: what
     the model says is compared with them as ids, token by token, and from where it departs it is
     decoded on. A pass over prompts has `batch_size` rows, a step of decoding as many as CACHE_BYTES
-    hold, and not fewer. A `settled` row stops where it is.
+    hold, and not fewer. A `stop_early` row stops where it is.
     Raises InputError for logits that are NaN, and where nothing could end a row.
     """
     stops = _stops(model, tokenizer)
@@ -93,10 +93,10 @@ def greedy(
         if limit < 1:
             raise InputError(f"row {index + 1}'s prompt has {len(prompt)} tokens; the model's context is {context}.")
         draft = [] if drafts is None else list(drafts[index])[: limit - 1]
-        rows.append(_Row(index, prompt, draft, limit))
+        rows.append(_Sequence(index, prompt, draft, limit))
     longest = max((len(row.prompt) + row.limit for row in rows), default=0)
     if _is_plain(model) and remembers_all(model, longest):
-        _Decoder(model, tokenizer.pad_token_id, stops, batch_size, settled).run(rows)
+        _Decoder(model, tokenizer.pad_token_id, stops, batch_size, stop_early).run(rows)
     else:
         for row in rows:
             row.new = _generate(model, row, tokenizer.pad_token_id)
@@ -106,16 +106,16 @@ def greedy(
 class _Decoder:
     """Rows enter by verification, live in the slots while they differ from their drafts, and leave when they end."""
 
-    def __init__(self, model: Any, pad: int, stops: set[int], batch_size: int, settled: Settled) -> None:
+    def __init__(self, model: CausalLM, pad: int, stops: set[int], batch_size: int, stop_early: StopEarly) -> None:
         from ray_unlearn.models.kv_cache import SlotCache
 
-        self.model, self.pad, self.stops, self.batch_size, self.settled = model, pad, stops, batch_size, settled
+        self.model, self.pad, self.stops, self.batch_size, self.stop_early = model, pad, stops, batch_size, stop_early
         self.device = device_of(model)
         self.cache = SlotCache(self.device)
         self.slots = batch_size
-        self.active: list[_Row] = []
+        self.active: list[_Sequence] = []
 
-    def run(self, rows: Sequence[_Row]) -> None:
+    def run(self, rows: Sequence[_Sequence]) -> None:
         """Fills `new` of every row."""
         waiting = deque(sorted(rows, key=lambda row: (row.length, row.index)))
         longest = max((len(row.prompt) + row.limit for row in rows), default=0)
@@ -126,7 +126,7 @@ class _Decoder:
             else:
                 self._decode(until=self.slots - -(-self.batch_size // 2) if waiting else 0)
 
-    def _take(self, waiting: deque[_Row], free: int) -> list[_Row]:
+    def _take(self, waiting: deque[_Sequence], free: int) -> list[_Sequence]:
         """The next rows, as many as fit into the slots, a pass and its logits."""
         candidates = list(itertools.islice(waiting, free))
         logits = itertools.accumulate(len(row.draft) + 1 for row in candidates)
@@ -134,7 +134,7 @@ class _Decoder:
         count = share_a_pass([row.length for row in candidates[: max(1, room)]])
         return [waiting.popleft() for _ in range(count)]
 
-    def _verify(self, group: list[_Row], longest: int) -> None:
+    def _verify(self, group: list[_Sequence], longest: int) -> None:
         """One pass over prompts and drafts; rows that depart from theirs move into the slots."""
         from ray_unlearn.models.kv_cache import bytes_of_token, whole_cache
 
@@ -181,8 +181,8 @@ class _Decoder:
                 self.active = [self.active[slot] for slot in kept]
                 tokens, alive = tokens[kept], [True] * len(kept)
 
-    def _ended(self, row: _Row) -> bool:
-        return row.new[-1] in self.stops or len(row.new) >= row.limit or self.settled(row.index, row.new)
+    def _ended(self, row: _Sequence) -> bool:
+        return row.new[-1] in self.stops or len(row.new) >= row.limit or self.stop_early(row.index, row.new)
 
 
 def _agreement(predicted: Sequence[int], draft: Sequence[int], stops: set[int]) -> int:
@@ -193,13 +193,13 @@ def _agreement(predicted: Sequence[int], draft: Sequence[int], stops: set[int]) 
     return len(draft)
 
 
-def _is_plain(model: Any) -> bool:
+def _is_plain(model: CausalLM) -> bool:
     """Whether the model's own generation config leaves greedy decoding to the logits alone."""
     config = getattr(model, "generation_config", None)
     return all(getattr(config, name, None) in (None, neutral) for name, neutral in PROCESSORS.items())
 
 
-def _generate(model: Any, row: _Row, pad: int) -> list[int]:
+def _generate(model: CausalLM, row: _Sequence, pad: int) -> list[int]:
     """transformers' own loop for one row: models whose cache cannot be cut, and generation configs with processors."""
     ids = torch.tensor([list(row.prompt)], device=device_of(model))
     out = model.generate(
@@ -214,7 +214,7 @@ def _generate(model: Any, row: _Row, pad: int) -> list[int]:
     return new
 
 
-def _stops(model: Any, tokenizer: Any) -> set[int]:
+def _stops(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
     """Every id that ends a text, as `generate` reads them: the generation config's, else the tokenizer's."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stated = tokenizer.eos_token_id if stated is None else stated

@@ -6,12 +6,13 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.protocols import CausalLM
 
 MAX_TOKENS = 4096
 """Tokens in one forward pass, padding included."""
@@ -24,7 +25,7 @@ MAX_LOGITS = 2**27
 ATTENTION = ("full_attention", "sliding_attention")
 
 
-def picked_logits(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+def picked_logits(model: CausalLM, rows: Tensor, columns: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
     """Logits [N, V] at hidden[rows[n], columns[n]] of a forward pass, and its cache.
 
     Only those N positions reach the output head. What the model does with its logits afterwards
@@ -39,9 +40,10 @@ def picked_logits(model: Any, rows: Tensor, columns: Tensor, **inputs: Any) -> t
 
 
 @contextmanager
-def head_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
+def head_at(model: CausalLM, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """The output head sees hidden[rows[n], columns[n]] alone, so that a pass's logits are [1, N, V]."""
     head = model.get_output_embeddings()
+    assert head is not None
     handle = head.register_forward_pre_hook(lambda module, given: (given[0][rows, columns][None], *given[1:]))
     try:
         yield
@@ -50,7 +52,7 @@ def head_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def scoring_mode(model: Any) -> Iterator[None]:
+def scoring_mode(model: CausalLM) -> Iterator[None]:
     """Evaluation mode without gradients; the model's own mode is given back."""
     was_training = model.training
     model.eval()
@@ -101,23 +103,24 @@ def share_a_pass(lengths: Sequence[int], max_tokens: int = MAX_TOKENS) -> int:
     return len(lengths)
 
 
-def device_of(model: Any) -> torch.device:
+def device_of(model: CausalLM) -> torch.device:
     """Where the model's inputs must be."""
     return next(model.parameters()).device
 
 
-def vocabulary_of(model: Any) -> int:
+def vocabulary_of(model: CausalLM) -> int:
     """Logits at one position."""
-    return int(model.get_input_embeddings().weight.shape[0] or model.config.vocab_size)
+    weight = cast(Tensor, model.get_input_embeddings().weight)
+    return int(weight.shape[0] or model.config.vocab_size)
 
 
-def context_of(model: Any) -> int | None:
+def context_of(model: CausalLM) -> int | None:
     """Positions that the model was made for, or None where its configuration names no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
-def remembers_all(model: Any, longest: int) -> bool:
+def remembers_all(model: CausalLM, longest: int) -> bool:
     """Whether all layers are attention that sees every one of `longest` tokens, so that a cache can be cut and copied.
 
     Recurrent states cannot be wound back, and a window's edge moves with a row's own length.

@@ -62,6 +62,9 @@ class SlotCache(Cache):
 class _SlotLayer(DynamicLayer):
     """keys and values [slots, heads, columns, dim] of one layer."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, owner: SlotCache, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.owner = owner

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from ray_unlearn.models.forward import (
     remembers_all,
     vocabulary_of,
 )
+from ray_unlearn.protocols import CausalLM
 
 SLICE = 256
 """Positions whose logits are float32 at once."""
@@ -35,7 +35,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def row_losses(model: Any, pad: int, rows: Sequence[Encoded], batch_size: int, on: str) -> list[float]:
+def row_losses(model: CausalLM, pad: int, rows: Sequence[Encoded], batch_size: int, on: str) -> list[float]:
     """Mean next-token cross-entropy of each row over its `answer` or its whole `document`, in nats.
 
     A batch's logits fit MAX_LOGITS; a row that alone has more is read in pieces, through a cache.
@@ -53,7 +53,7 @@ def row_losses(model: Any, pad: int, rows: Sequence[Encoded], batch_size: int, o
     return losses
 
 
-def _sums(model: Any, batch: Batch, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _sums(model: CausalLM, batch: Batch, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """([B] sums of the masked tokens' losses, [B] how many); `width` columns are read at a time."""
     from ray_unlearn.models.kv_cache import whole_cache
 
@@ -77,7 +77,7 @@ def _sums(model: Any, batch: Batch, mask: Tensor, width: int) -> tuple[Tensor, T
     return totals, mask.sum(1)
 
 
-def check_documents(documents: Sequence[Encoded], model: Any) -> None:
+def check_documents(documents: Sequence[Encoded], model: CausalLM) -> None:
     """Refuses documents without a loss, and those longer than the model's context."""
     context = context_of(model)
     for number, row in enumerate(documents, start=1):

@@ -10,10 +10,14 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import publish
+from ray_unlearn.protocols import CausalLM, Tokenizer
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,7 +47,7 @@ def check_model(path: str) -> None:
         raise InputError(f"{path} has no tokenizer (tokenizer.json): save it there with tokenizer.save_pretrained.")
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a model, with a padding token (EOS where it has none)."""
     from transformers import AutoTokenizer
 
@@ -61,10 +65,10 @@ def load_tokenizer(path: str) -> Any:
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {path} has neither EOS nor padding token; generation could not stop.")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return cast(Tokenizer, tokenizer)
 
 
-def load_model(path: str, dtype: str = "float32", adapter: str | None = None) -> Any:
+def load_model(path: str, dtype: str = "float32", adapter: str | None = None) -> CausalLM:
     """The causal language model at `path`, in evaluation mode, with `adapter` (a PEFT directory) merged in."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -80,7 +84,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
         name = str(place.parent)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # GGUF's progress bar has no switch
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model = cast(CausalLM, AutoModelForCausalLM.from_pretrained(name, **options))
     except (OSError, ValueError) as error:
         raise InputError(f"the model {path} cannot be loaded: {error}") from error
     if adapter is not None:
@@ -88,7 +92,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     return model.eval()
 
 
-def empty_model(path: str) -> Any:
+def empty_model(path: str) -> CausalLM:
     """The model's shapes without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,15 +103,15 @@ def empty_model(path: str) -> Any:
     else:
         config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return cast(CausalLM, AutoModelForCausalLM.from_config(config))
 
 
-def _with_adapter(model: Any, path: str, adapter: str) -> Any:
+def _with_adapter(model: CausalLM, path: str, adapter: str) -> CausalLM:
     from peft import PeftModel
 
     check_adapter(adapter, path)
     try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return cast(CausalLM, PeftModel.from_pretrained(cast("Module", model), adapter).merge_and_unload())
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"the adapter {adapter} does not fit the model {path}: {error}") from error
 
@@ -133,7 +137,7 @@ def check_adapter(adapter: str, base: str) -> None:
         raise InputError(f"the adapter {adapter} was made for another base, {stated}: {'; '.join(differ)}.")
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes a plain Hugging Face directory whole or not at all: a temporary name beside it, then renamed."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -144,7 +148,7 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     publish(temporary, directory)
 
 
-def layer_prefix(model: Any) -> str:
+def layer_prefix(model: CausalLM) -> str:
     """The name of the list of decoder layers, `model.layers` in most families."""
     from torch.nn import ModuleList
 
@@ -155,7 +159,7 @@ def layer_prefix(model: Any) -> str:
     raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; layers cannot be named in it.")
 
 
-def check_layers(model: Any, layers: Sequence[int], what: str) -> None:
+def check_layers(model: CausalLM, layers: Sequence[int], what: str) -> None:
     """Refuses a layer index that the model does not have."""
     count = model.config.num_hidden_layers
     beyond = [layer for layer in layers if not 0 <= layer < count]
@@ -166,7 +170,7 @@ def check_layers(model: Any, layers: Sequence[int], what: str) -> None:
         )
 
 
-def find_layer(model: Any, layer: int | str) -> str:
+def find_layer(model: CausalLM, layer: int | str) -> str:
     """The whole name of a decoder layer by its index, or of the one module that a regular expression matches."""
     if isinstance(layer, int):
         check_layers(model, [layer], "rmu_layer")

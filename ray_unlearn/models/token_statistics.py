@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +21,14 @@ from ray_unlearn.models.forward import (
     scoring_mode,
     vocabulary_of,
 )
+from ray_unlearn.protocols import CausalLM, Tokenizer
 
 MAX_SLICE = 2**24
 """Logits in float32 at a time."""
 
 
 @dataclass(frozen=True)
-class TokenSignals:
+class TokenStatistics:
     """A model's view of the T tokens after a row's prompt, each given all tokens before it."""
 
     log_probs: NDArray[np.float64]
@@ -41,9 +41,9 @@ class TokenSignals:
     """[T] its standard deviation. Empty unless asked for."""
 
 
-def token_signals(
-    model: Any, rows: Sequence[Encoded], *, tokenizer: Any, moments: bool = False, batch_size: int = 32
-) -> list[TokenSignals]:
+def token_statistics(
+    model: CausalLM, rows: Sequence[Encoded], *, tokenizer: Tokenizer, moments: bool = False, batch_size: int = 32
+) -> list[TokenStatistics]:
     """Signals of each row's tokens after its prompt, in order of the rows; `moments` adds means and deviations.
 
     Raises InputError for a row without such a token, and for a log-probability that is not finite.
@@ -54,7 +54,7 @@ def token_signals(
                 f"row {number} has {len(row.ids)} tokens, {row.prompt} of them prompt: there must be at least one "
                 f"before the tokens that are scored, and one to score."
             )
-    found: list[TokenSignals | None] = [None] * len(rows)
+    found: list[TokenStatistics | None] = [None] * len(rows)
     most = min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model))
     for group in batches([len(row.ids) for row in rows], batch_size, most):
         with scoring_mode(model):
@@ -69,7 +69,7 @@ def token_signals(
     return found  # type: ignore[return-value]
 
 
-def _batch_signals(model: Any, pad_id: int, rows: Sequence[Encoded], moments: bool) -> list[TokenSignals]:
+def _batch_signals(model: CausalLM, pad_id: int, rows: Sequence[Encoded], moments: bool) -> list[TokenStatistics]:
     batch = collate(rows, pad_id, device_of(model))
     at_row, at = batch.answer.nonzero(as_tuple=True)
     logits, _ = picked_logits(model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
@@ -80,7 +80,7 @@ def _batch_signals(model: Any, pad_id: int, rows: Sequence[Encoded], moments: bo
     joined = [torch.cat(columns).cpu().numpy() for columns in zip(*parts, strict=True)]
     ends = np.cumsum([len(row.ids) - row.prompt for row in rows])[:-1]
     each = [np.split(column, ends if column.size else [0] * len(ends)) for column in joined]
-    return [TokenSignals(*columns) for columns in zip(*each, strict=True)]
+    return [TokenStatistics(*columns) for columns in zip(*each, strict=True)]
 
 
 def _signals(logits: Tensor, labels: Tensor, moments: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _signals(logits: Tensor, labels: Tensor, moments: bool) -> tuple[Tensor, Ten
     return own, matches, means.double(), deviations.double()
 
 
-def gradient_norms(model: Any, rows: Sequence[Encoded]) -> list[list[float]]:
+def gradient_norms(model: CausalLM, rows: Sequence[Encoded]) -> list[list[float]]:
     """For each row the 2-norms of the gradient of its mean token loss, one for each parameter tensor it reaches.
 
     All parameters count, frozen ones too, so that a model with an adapter is not measured by that alone. Leaves
@@ -115,7 +115,7 @@ def gradient_norms(model: Any, rows: Sequence[Encoded]) -> list[list[float]]:
             parameter.requires_grad_(flag)
 
 
-def _norms(model: Any, parameters: Sequence[Tensor], row: Encoded) -> list[float]:
+def _norms(model: CausalLM, parameters: Sequence[Tensor], row: Encoded) -> list[float]:
     ids = torch.tensor([row.ids], device=parameters[0].device)
     logits = model(input_ids=ids, use_cache=False).logits[0, row.prompt - 1 : -1]
     loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, row.prompt :])

@@ -19,7 +19,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models.loading import empty_model
 from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pipeline.directory import Run
-from ray_unlearn.pipeline.stages import bench_spec, save_merge
+from ray_unlearn.pipeline.stages import save_merge, worker_spec
 from ray_unlearn.records import Scores, Snapshot, TrialRecord, load_records
 from ray_unlearn.schema import from_dict, to_dict
 
@@ -76,7 +76,7 @@ def _run_trials(run: Run, missing: Sequence[Entry]) -> None:
     job = run.job
     if not missing:
         return
-    executor = Executor(run.dir, bench_spec(run), job.resources, job.resources.storage or run.dir / "ray")
+    executor = Executor(run.dir, worker_spec(run), job.resources, job.resources.storage or run.dir / "ray")
     run.progress.start("trials", job.trials, job.trials - len(missing))
 
     def follow(entry: Entry) -> None:
@@ -104,7 +104,7 @@ def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) ->
     if not ready:
         return
     files = {one.id: read_snapshot(run.dir / one.path) for entry in ready for one in members[entry.id]}
-    merges = MergePool(bench_spec(run), files, run.job.resources, 1)
+    merges = MergePool(worker_spec(run), files, run.job.resources, 1)
     try:
         for entry in ready:
             merge = entry.recipe.merge
@@ -176,14 +176,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| recipe | task aggregate | MIA score | utility | final | best on the way | seconds |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in ordered:
-        cells = [_spread(row[column]) for column in (*COLUMNS, "best_final")]
+        cells = [_mean_and_deviation(row[column]) for column in (*COLUMNS, "best_final")]
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         lines.append(f"| {row['recipe']} | {' | '.join(cells)} | {seconds} |")
     failures = [f"* {row['recipe']}, {text}" for row in ordered for text in row["failed"]]
     return "\n".join([*lines, *(["", *failures] if failures else [])]) + "\n"
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_deviation(values: Sequence[float]) -> str:
     if not values:
         return "failed"
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -37,7 +37,7 @@ class Run:
     inputs: Inputs
     model_path: str
     reference_path: str | None
-    shared: bool
+    shared_storage: bool
     baseline: Scores | None = None
 
     @property
@@ -101,12 +101,12 @@ def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> No
     """Refuses trials that name layers which the model does not have, and a run whose missing snapshots and outputs
     may not fit on the disk, with the arithmetic."""
     from ray_unlearn.models.loading import empty_model
-    from ray_unlearn.training.parameters import check_tuning, snapshot_bytes
+    from ray_unlearn.training.parameters import check_trainable, snapshot_bytes
 
     trials = max(0, job.trials - len(load_records(out)[0]))
     model = empty_model(model_path)
     for config in configs:
-        check_tuning(model, config)
+        check_trainable(model, config)
     model_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = max(snapshot_bytes(model, config) for config in configs)
     count = trials * max(config.snapshots for config in configs)

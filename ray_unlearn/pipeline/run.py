@@ -67,7 +67,7 @@ def run(
             inputs=inputs,
             model_path=model_path,
             reference_path=reference_path,
-            shared=shared,
+            shared_storage=shared,
         )
         choice = _stages(state, space, points)
     summary = write_summary(out)

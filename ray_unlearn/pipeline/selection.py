@@ -39,7 +39,7 @@ def deliver(run: Run, choice: Candidate) -> None:
     """Writes best/, scores it beside the target on unseen documents, then its card, then final.json."""
     difference = write_best(run, choice)
     paths = [run.model_path, str(run.dir / "best")] + ([run.reference_path] if run.reference_path else [])
-    (target, before), (best, after), *reference = score_models(run.job, paths, run.inputs.final_set, run.shared)
+    (target, before), (best, after), *reference = score_models(run.job, paths, run.inputs.final_set, run.shared_storage)
     weights = run.job.selection.weights
     even = len(set(weights)) == 1
     rule = "highest final among feasible candidates" if even else f"highest mean of the objectives, weighted {weights}"

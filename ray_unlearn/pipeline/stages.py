@@ -9,7 +9,7 @@ from typing import Any
 from ray_unlearn.cluster.evaluators import score_models
 from ray_unlearn.cluster.executor import Executor
 from ray_unlearn.cluster.merge_actor import MergePool
-from ray_unlearn.cluster.model_transfer import BenchSpec, ModelSource
+from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 from ray_unlearn.files import read_json, versions, write_json
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models.snapshot_files import read_snapshot
@@ -28,17 +28,17 @@ def baseline(run: Run) -> Scores:
     """The untouched target on the search's data; baseline.json."""
     path = run.dir / "baseline.json"
     if not path.exists():
-        ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared)
+        ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared_storage)
         write_json(path, scores.to_json())
     scores = Scores.from_json(read_json(path))
     run.progress.line(f"target: {_shown(scores)}")
     return scores
 
 
-def bench_spec(run: Run) -> BenchSpec:
+def worker_spec(run: Run) -> WorkerSpec:
     """What workers and merge actors load."""
-    return BenchSpec(
-        model=ModelSource.of(run.model_path, run.shared),
+    return WorkerSpec(
+        model=ModelSource.of(run.model_path, run.shared_storage),
         forget=run.inputs.forget,
         retain=run.inputs.retain,
         eval_set=run.inputs.search_set,
@@ -70,7 +70,7 @@ def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")
     enqueue(study, points)
-    executor = Executor(run.dir, bench_spec(run), job.resources, job.resources.storage or run.dir / "ray")
+    executor = Executor(run.dir, worker_spec(run), job.resources, job.resources.storage or run.dir / "ray")
     run.progress.start("trials", job.search.trials, done)
     try:
         # A driver of Tune's that died has ended no trial: what is missing then is asked for once more.
@@ -135,7 +135,7 @@ def merge(run: Run) -> None:
     )
     members = {c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot}
     # As many actors as trials run side by side.
-    merges = MergePool(bench_spec(run), members, run.job.resources, min(run.job.resources.concurrency, missing))
+    merges = MergePool(worker_spec(run), members, run.job.resources, min(run.job.resources.concurrency, missing))
     run.progress.start("merges", plan.candidates, len(done))
     try:
         search_merges(

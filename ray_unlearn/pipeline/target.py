@@ -21,6 +21,7 @@ from ray_unlearn.data.tokens import Encoded, by_length, collate, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import claim_directory, write_json
 from ray_unlearn.models.loading import check_model, load_model, load_tokenizer, save_model
+from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
 from ray_unlearn.schema import digest, require
 
@@ -31,7 +32,7 @@ EMBEDDED_FORMAT = 2
 
 
 def fit(
-    model: Any,
+    model: CausalLM,
     rows: Sequence[Encoded],
     pad_id: int,
     *,
@@ -79,7 +80,12 @@ def fit(
 
 
 def fit_to_rows(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], log: Log, name: str = "target", **options: Any
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[str, str]],
+    log: Log,
+    name: str = "target",
+    **options: Any,
 ) -> float:
     """`fit` on (prompt, answer) pairs, each ending in EOS."""
     rows = [encode(tokenizer, prompt, answer, eos=True) for prompt, answer in pairs]

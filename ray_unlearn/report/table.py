@@ -28,7 +28,7 @@ GROUPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """One measure of the target, the best and the retrained reference; None where it was not measured."""
 
     group: str
@@ -64,10 +64,10 @@ def overlap(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
     return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
-def score_rows(target: Scores | None, best: Scores | None, reference: Scores | None = None) -> list[Row]:
+def score_rows(target: Scores | None, best: Scores | None, reference: Scores | None = None) -> list[TableRow]:
     """The objectives, then the forget terms, then the retain terms of up to three models."""
     rows = [
-        Row(
+        TableRow(
             group="",
             name=name,
             meaning=meaning,
@@ -84,7 +84,7 @@ def score_rows(target: Scores | None, best: Scores | None, reference: Scores | N
         split, _, rest = key.partition("/")
         task, _, measure = rest.rpartition("/")
         rows.append(
-            Row(
+            TableRow(
                 group=split,
                 name=f"{task} {measure}".strip(),
                 meaning=TERMS.get((split, measure), ""),

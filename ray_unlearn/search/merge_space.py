@@ -12,6 +12,7 @@ from typing import Any
 from ray_unlearn.merging.methods import MERGES
 from ray_unlearn.merging.recipe import Graded, MergeRecipe
 from ray_unlearn.pareto import Point, front, hypervolume
+from ray_unlearn.protocols import Suggests
 from ray_unlearn.records import Scores
 
 FIRST_DENSITY = 0.8
@@ -42,7 +43,7 @@ class MergeSpace:
     layerwise: bool = False
     """Whether weights may change from the first layer to the last."""
 
-    def suggest(self, trial: Any, merges: Mapping[str, MergeRecipe] | None = None) -> MergeRecipe:
+    def suggest(self, trial: Suggests, merges: Mapping[str, MergeRecipe] | None = None) -> MergeRecipe:
         """A merge of 2 to `max_members` of the snapshots and of the `merges` that joined them, in order of joining.
 
         A member drawn twice gives way to the next one that is free; a place that no merge has taken
@@ -70,7 +71,7 @@ class MergeSpace:
             merges={name: joined[name] for name in members if name in joined},
         )
 
-    def _weights(self, trial: Any, method: str, count: int) -> list[Graded]:
+    def _weights(self, trial: Suggests, method: str, count: int) -> list[Graded]:
         """Weights that sum to one: only their ratios matter to normalised methods; the first is the unit."""
         if not MERGES[method].uses_weights:
             return [1.0 / count] * count
@@ -142,7 +143,7 @@ def _lambda(method: str) -> str:
     return "lambda_of_sum" if "normalize" in row.parameters and not row.normalize else "lambda"
 
 
-def _density(trial: Any, method: str) -> float:
+def _density(trial: Suggests, method: str) -> float:
     if not MERGES[method].uses_density:
         return 1.0
     if method == "della":  # its chances must stay within (0, 1) at density -+ 0.15

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import optuna
-from optuna.trial import TrialState
+from typing import Protocol
 
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.records import MergeRecord, Scores
 from ray_unlearn.search.merge_space import Growth, MergeSpace
-from ray_unlearn.search.study import _queue_again, enqueue, tell
+from ray_unlearn.search.study import Study, Trial, enqueue, handle, has_waiting, queue_again, running, tell
 
 
 class Scorers(Protocol):
@@ -30,7 +27,7 @@ class Scorers(Protocol):
 
 
 def search_merges(
-    study: optuna.Study,
+    study: Study,
     space: MergeSpace,
     scorers: Scorers,
     save: Callable[[str, MergeRecipe, Scores | None, str, float], None],
@@ -44,26 +41,26 @@ def search_merges(
 
     `save` writes the record before the study is told, so that a killed driver finds its outcome again.
     """
-    running: dict[str, tuple[int, MergeRecipe, float]] = {}
-    while running or (missing > 0 and not growth.stalled(patience)):
+    in_flight: dict[str, tuple[Trial, MergeRecipe, float]] = {}
+    while in_flight or (missing > 0 and not growth.stalled(patience)):
         while missing > 0 and scorers.free and not growth.stalled(patience):
-            in_flight = [(recipe, None) for _, recipe, _ in running.values()]
-            trial = _ask_for_merge(study, space, [*growth.known, *in_flight])
+            unscored = [(recipe, None) for _, recipe, _ in in_flight.values()]
+            trial = _ask_for_merge(study, space, [*growth.known, *unscored])
             recipe, name = space.suggest(trial, growth.joined), f"merge-{trial.number:04d}"
             scorers.start(name, recipe)
-            running[name] = (trial.number, recipe, time.monotonic())
+            in_flight[name] = (trial, recipe, time.monotonic())
             missing -= 1
         name, scores, reason = scorers.wait()
-        number, recipe, began = running.pop(name)
+        trial, recipe, began = in_flight.pop(name)
         save(name, recipe, scores, reason, time.monotonic() - began)
-        tell(study, number, scores, utility_floor, {"record": name})
+        tell(study, trial, scores, utility_floor, {"record": name})
         growth.add(name, recipe, scores)
 
 
-def _ask_for_merge(study: optuna.Study, space: MergeSpace, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> Any:
+def _ask_for_merge(study: Study, space: MergeSpace, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> Trial:
     """A trial of what a killed driver left queued, else of the bisected segment, else of the next first point, else of
     the sampler. A merge in flight counts as known without scores: the bisection waits for it."""
-    if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+    if not has_waiting(study):
         point = space.segment_point(known)
         if point is not None:
             study.enqueue_trial(point)
@@ -72,12 +69,12 @@ def _ask_for_merge(study: optuna.Study, space: MergeSpace, known: Sequence[tuple
     return study.ask()
 
 
-def recover_merges(study: optuna.Study, records: Sequence[MergeRecord], utility_floor: float) -> None:
+def recover_merges(study: Study, records: Sequence[MergeRecord], utility_floor: float) -> None:
     """Tells the outcome of merges that a killed driver had scored, and queues those again that it was scoring."""
     known = {record.id: record for record in records}
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+    for trial in running(study):
         record = known.get(f"merge-{trial.number:04d}")
         if record is not None:
-            tell(study, trial.number, record.scores, utility_floor, {})
+            tell(study, handle(study, trial), record.scores, utility_floor, {})
         else:
-            _queue_again(study, trial)
+            queue_again(study, trial)

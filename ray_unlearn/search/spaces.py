@@ -11,6 +11,7 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.files import shipped
 from ray_unlearn.losses import METHODS, OPTIONS, options_of
+from ray_unlearn.protocols import Suggests
 from ray_unlearn.schema import from_dict
 
 Space = Callable[[Any], dict[str, Any]]
@@ -40,7 +41,7 @@ def find_space(name: str) -> Path:
 class _Narrowed:
     """A trial whose ranges a job has narrowed: same names, other bounds or choices."""
 
-    def __init__(self, trial: Any, ranges: dict[str, Any]) -> None:
+    def __init__(self, trial: Suggests, ranges: dict[str, Any]) -> None:
         self._trial, self._ranges = trial, ranges
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +84,7 @@ def load_space(
         functions[name] = found
     choices = list(functions)
 
-    def space(trial: Any) -> dict[str, Any]:
+    def space(trial: Suggests) -> dict[str, Any]:
         name = trial.suggest_categorical("space", choices) if len(choices) > 1 else choices[0]
         returned = functions[name](_Narrowed(trial, ranges or {}))
         if not isinstance(returned, dict):

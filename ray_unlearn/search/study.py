@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna import Study as Study
+from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import Trial as Trial
 
 from ray_unlearn.config.job import FirstPoint
 from ray_unlearn.config.trial import TrialConfig
@@ -20,12 +22,11 @@ from ray_unlearn.records import Scores, TrialRecord, load_records
 from ray_unlearn.search.spaces import SAMPLES_CHECKED, Space, trial_config
 
 TRIALS_STUDY, MERGES_STUDY = "trials", "merges"
-
-
 UTILITY_CONSTRAINT = "utility_floor"
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(storage: str, name: str, seed: int, startup: int) -> optuna.Study:
+def open_study(storage: str, name: str, seed: int, startup: int) -> Study:
     """The study of that name in the RDB storage, made when new: three objectives, all maximised.
 
     TPE over all parameters jointly, with conditional ones in groups. A resumed study draws from
@@ -63,25 +64,33 @@ def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:
     return max(scored, key=lambda scores: scores.utility or 0.0, default=None)
 
 
-def tell_record(study: optuna.Study, number: int, record: TrialRecord, utility_floor: float) -> None:
+def tell_record(study: Study, trial: Trial, record: TrialRecord, utility_floor: float) -> None:
     """Tells a trial's outcome: values and the utility constraint, or FAIL when it failed."""
     scores = best_scores(record, utility_floor) if record.status != "failed" else None
-    tell(study, number, scores, utility_floor, {"record": record.id, "status": record.status})
+    tell(study, trial, scores, utility_floor, {"record": record.id, "status": record.status})
 
 
 def tell(
-    study: optuna.Study, number: int, scores: Scores | None, utility_floor: float, attributes: dict[str, Any]
+    study: Study, trial: Trial, scores: Scores | None, utility_floor: float, attributes: Mapping[str, str]
 ) -> None:
     """Tells Optuna three numbers and how far utility is from its floor (at most 0 is feasible), or FAIL."""
-    trial = study.trials[number]
-    handle = optuna.trial.Trial(study, trial._trial_id)
     for name, value in attributes.items():
-        handle.set_user_attr(name, value)
+        trial.set_user_attr(name, value)
     if scores is None or not all(math.isfinite(value) for value in scores.objectives()):
-        study.tell(number, state=TrialState.FAIL)
+        study.tell(trial, state=TrialState.FAIL)
         return
-    handle.set_constraint(UTILITY_CONSTRAINT, utility_floor - scores.objectives()[2])
-    study.tell(number, list(scores.objectives()))
+    trial.set_constraint(UTILITY_CONSTRAINT, utility_floor - scores.objectives()[2])
+    study.tell(trial, list(scores.objectives()))
+
+
+def handle(study: Study, trial: FrozenTrial) -> Trial:
+    """The trial as `ask` gave it, for one that another process asked for. Optuna has no public way from a number."""
+    return Trial(study, trial._trial_id)
+
+
+def trial_name(number: int) -> str:
+    """The id of a study's trial."""
+    return f"trial-{number:04d}"
 
 
 def check_space(
@@ -116,7 +125,7 @@ def check_space(
     return configs, kept
 
 
-def _sample(study: optuna.Study, space: Space) -> TrialConfig:
+def _sample(study: Study, space: Space) -> TrialConfig:
     try:
         return trial_config(space(study.ask()))
     except InputError:
@@ -125,7 +134,7 @@ def _sample(study: optuna.Study, space: Space) -> TrialConfig:
         raise InputError(f"the search space refuses a trial: {type(error).__name__}: {error}") from error
 
 
-def recover(study: optuna.Study, run_dir: Path, utility_floor: float) -> int:
+def recover(study: Study, run_dir: Path, utility_floor: float) -> int:
     """Brings a study that a killed driver left in line with the records; returns how many trials are to be redone.
 
     A RUNNING trial with a record is told its outcome. One without is told FAIL, and its parameters
@@ -133,17 +142,17 @@ def recover(study: optuna.Study, run_dir: Path, utility_floor: float) -> int:
     """
     records = {record.id: record for record in load_records(run_dir)[0]}
     redone = 0
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        record = records.get(f"trial-{trial.number:04d}")
+    for trial in running(study):
+        record = records.get(trial_name(trial.number))
         if record is not None:
-            tell_record(study, trial.number, record, utility_floor)
+            tell_record(study, handle(study, trial), record, utility_floor)
         else:
-            redone += _queue_again(study, trial)
-            shutil.rmtree(run_dir / "snapshots" / f"trial-{trial.number:04d}", ignore_errors=True)
+            redone += queue_again(study, trial)
+            shutil.rmtree(run_dir / "snapshots" / trial_name(trial.number), ignore_errors=True)
     return redone
 
 
-def _queue_again(study: optuna.Study, trial: Any) -> bool:
+def queue_again(study: Study, trial: FrozenTrial) -> bool:
     """Queues a RUNNING trial's parameters anew, then tells it FAIL: in this order nothing is lost to another kill."""
     known = {other.user_attrs.get("restarts") for other in study.get_trials(deepcopy=False)}
     if trial.params and trial.number not in known:
@@ -152,7 +161,17 @@ def _queue_again(study: optuna.Study, trial: Any) -> bool:
     return bool(trial.params)
 
 
-def enqueue(study: optuna.Study, points: Sequence[dict[str, Any]], most: int | None = None) -> None:
+def running(study: Study) -> list[FrozenTrial]:
+    """Trials that were asked for and not told yet."""
+    return study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+
+
+def has_waiting(study: Study) -> bool:
+    """Whether a queued point has not been asked for yet."""
+    return bool(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
+
+
+def enqueue(study: Study, points: Sequence[dict[str, Any]], most: int | None = None) -> None:
     """Queues those first points of a study that were never queued, whatever killed an earlier start; `most` of them."""
     queued = {trial.user_attrs.get("first_point") for trial in study.get_trials(deepcopy=False)}
     for number in [number for number in range(len(points)) if number not in queued][:most]:

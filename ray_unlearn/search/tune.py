@@ -1,4 +1,4 @@
-"""The search over trials and its storage. The only owner of ray.tune and optuna."""
+"""The search over trials: Tune asks, the executor trains, the records answer. The only owner of ray.tune."""
 
 from __future__ import annotations
 
@@ -6,64 +6,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 from ray import tune
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from ray_unlearn.cluster.executor import Handle, events
 from ray_unlearn.pareto import OBJECTIVES
 from ray_unlearn.records import TrialRecord, load_records
 from ray_unlearn.schema import to_dict
 from ray_unlearn.search.spaces import Space, trial_config
-from ray_unlearn.search.study import tell, tell_record
+from ray_unlearn.search.study import Study, Trial, tell, tell_record, trial_name
 
 HEAD = "node:__internal_head__"
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-# -- studies -------------------------------------------------------------------------------------
+class TrialSearch(Searcher):
+    """Tune's searcher over an Optuna study: trials are named by their number and told from their records.
 
-
-# -- the search over trials ----------------------------------------------------------------------
-
-
-class TrialSearch(OptunaSearch):
-    """OptunaSearch whose trials are told from their records: constraint set, failed ones FAIL, names from numbers.
-
-    On its own it would tell stopped trials COMPLETE, and leave those with a missing value RUNNING for ever.
+    OptunaSearch would tell stopped trials COMPLETE, and leave those with a missing value RUNNING for ever.
     """
 
-    def __init__(self, study: optuna.Study, space: Space, records: Callable[[str], TrialRecord | None], floor: float):
-        super().__init__(
-            space=lambda trial: {"config": space(trial)},  # what was suggested is not yet what is configured
-            metric=list(OBJECTIVES),
-            mode=["max"] * len(OBJECTIVES),
-            sampler=study.sampler,
-            storage=study._storage,
-            study_name=study.study_name,
-        )
-        self._records, self._floor = records, floor
+    def __init__(self, study: Study, space: Space, records: Callable[[str], TrialRecord | None], floor: float):
+        super().__init__()
+        self._study, self._space, self._records, self._floor = study, space, records, floor
+        self._asked: dict[str, Trial] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        suggested = super().suggest(trial_id) or {}
-        name = f"trial-{self._ot_trials[trial_id].number:04d}"
-        return {"id": name, "config": to_dict(trial_config(suggested["config"]))}
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The id and configuration of the study's next trial."""
+        trial = self._asked[trial_id] = self._study.ask()
+        return {"id": trial_name(trial.number), "config": to_dict(trial_config(self._space(trial)))}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells the study what the trial's record says; FAIL where there is none."""
+        trial = self._asked.pop(trial_id, None)
+        if trial is None:
+            return
+        record = self._records(trial_name(trial.number))
+        if record is None:
+            tell(self._study, trial, None, self._floor, {"status": "failed"})
+        else:
+            tell_record(self._study, trial, record, self._floor)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune's own checkpoints are not used: a run resumes from its records and the study's storage."""
         Path(checkpoint_path).touch()
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id in self._completed_trials:
-            return
-        number = self._ot_trials[trial_id].number
-        record = self._records(f"trial-{number:04d}")
-        if record is None:
-            tell(self._ot_study, number, None, self._floor, {"status": "failed"})
-        else:
-            tell_record(self._ot_study, number, record, self._floor)
-        self._completed_trials.add(trial_id)
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
 
 
 def _drive(assigned: dict[str, Any], handle: Handle) -> None:
@@ -83,7 +71,9 @@ class Announcer(tune.Callback):
     def __init__(self, log: Callable[[str], None], advance: Callable[[], None]) -> None:
         self.log, self.advance = log, advance
 
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: tune.experiment.Trial, result: dict[str, Any], **info: Any
+    ) -> None:
         name = trial.config["id"]
         if "status" in result:
             reason = f": {result['reason']}" if result["reason"] else ""
@@ -95,7 +85,7 @@ class Announcer(tune.Callback):
 
 
 def search_trials(
-    study: optuna.Study,
+    study: Study,
     space: Space,
     handle: Handle,
     run_dir: Path,
@@ -131,9 +121,5 @@ def search_trials(
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     ).fit()
-    for result in results:
-        if result.error is not None:
-            log(f"a trial's driver failed: {result.error}")
-
-
-# -- the search over merges ----------------------------------------------------------------------
+    for error in results.errors:
+        log(f"a trial's driver failed: {error}")

@@ -16,6 +16,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.losses import LOSSES, METHODS
 from ray_unlearn.models.forward import MAX_LOGITS, MAX_TOKENS, batches, device_of, picked_logits, vocabulary_of
 from ray_unlearn.models.likelihood import token_losses
+from ray_unlearn.protocols import CausalLM
 from ray_unlearn.records import Example
 from ray_unlearn.training.schedule import Step
 
@@ -38,7 +39,7 @@ PASS_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A tokenised row, which split it is of, and what the untrained model makes of it."""
 
     split: str
@@ -48,46 +49,46 @@ class Row:
     """[tokens - 1] log-probability of each next token, where the method needs it."""
 
 
-Shared = Callable[[str, Callable[[], Any]], Any]
+MakeOnce = Callable[[str, Callable[[], Any]], Any]
 """(name, how to make it) -> the value: made once by whoever asks first, then the same for all trials of a search."""
-Unit = list[Row]
+RowGroup = list[TrainingRow]
 """Rows that must stay in one forward pass: a row, or a forget row and its alternative."""
 
 
 @dataclass(frozen=True)
-class Feed:
+class TrialData:
     """The rows that a trial's steps name by index."""
 
-    forget: Sequence[Unit]
-    retain: Sequence[Unit]
+    forget: Sequence[RowGroup]
+    retain: Sequence[RowGroup]
 
-    def units(self, step: Step, slot: int, slots: int) -> list[Unit]:
+    def units(self, step: Step, slot: int, slots: int) -> list[RowGroup]:
         """One slot's share of a step's rows, forget rows first; every slots-th of each."""
         return [self.forget[i] for i in step.forget[slot::slots]] + [self.retain[i] for i in step.retain[slot::slots]]
 
 
-def make_feed(
-    config: TrialConfig, forget: Sequence[Example], retain: Sequence[Example], bench: Any, shared: Shared
-) -> Feed:
-    """The feed of a trial. `bench` has the untrained model and tokenizer, and its `limit` of tokens.
+def make_trial_data(
+    config: TrialConfig, forget: Sequence[Example], retain: Sequence[Example], state: Any, once: MakeOnce
+) -> TrialData:
+    """The data of a trial. `state` has the untrained model and tokenizer, and its `limit` of tokens.
 
     The reference's log-probabilities are computed once for a search, whatever the number of trials,
     and only those that the method reads.
     """
     method = METHODS[config.method]
-    limit = min(config.max_length or bench.limit, bench.limit)
+    limit = min(config.max_length or state.limit, state.limit)
     splits = {"forget": (forget, config.forget_eos), "retain": (retain, True)}
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[TrainingRow]] = {}
     for split, (examples, eos) in splits.items():
         losses = [method.forget] if split == "forget" else list(method.retain)
-        rows[split] = _rows(split, examples, eos, limit, losses, bench, shared)
+        rows[split] = _rows(split, examples, eos, limit, losses, state, once)
     units = [[row] for row in rows["forget"]]
     if method.alternative is not None:
         others = _alternatives(forget, method.alternative, config.seed)
         drawn = config.seed if method.alternative == "refusal" else ""
-        made = _rows("alternative", others, True, limit, [method.forget], bench, shared, f"{method.alternative}{drawn}")
+        made = _rows("alternative", others, True, limit, [method.forget], state, once, f"{method.alternative}{drawn}")
         units = [[row, other] for row, other in zip(rows["forget"], made, strict=True)]
-    return Feed(units, [[row] for row in rows["retain"]])
+    return TrialData(units, [[row] for row in rows["retain"]])
 
 
 def _rows(
@@ -96,22 +97,22 @@ def _rows(
     eos: bool,
     limit: int,
     losses: Sequence[str],
-    bench: Any,
-    shared: Shared,
+    state: Any,
+    once: MakeOnce,
     variant: str = "",
-) -> list[Row]:
-    encoded = bench.encoded(
+) -> list[TrainingRow]:
+    encoded = state.encoded(
         (split, eos, limit, variant),
-        lambda: [cut(encode(bench.tokenizer, e.input, e.output, eos), limit) for e in examples],
+        lambda: [cut(encode(state.tokenizer, e.input, e.output, eos), limit) for e in examples],
     )
     references: Sequence[Tensor | None] = [None] * len(encoded)
     if any("ref_logps" in LOSSES[name].tensors for name in losses):
-        references = shared(
+        references = once(
             f"logps/{split}/{eos}/{limit}/{variant}",
-            lambda: token_logps(bench.model, encoded, bench.tokenizer.pad_token_id),
+            lambda: token_logps(state.model, encoded, state.tokenizer.pad_token_id),
         )
     return [
-        Row(split, tokens, example.task, reference)
+        TrainingRow(split, tokens, example.task, reference)
         for example, tokens, reference in zip(examples, encoded, references, strict=True)
     ]
 
@@ -137,7 +138,7 @@ def _alternatives(forget: Sequence[Example], kind: str, seed: int) -> list[Examp
     return [Example(**{**e.__dict__, "output": e.alternate}) for e in forget]
 
 
-def token_logps(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[Tensor]:
+def token_logps(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[Tensor]:
     """[tokens - 1] of each row: the model's log-probability of each next token, float32 on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     lengths = [len(row.ids) for row in rows]
@@ -154,7 +155,7 @@ def token_logps(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[Tensor
     return found
 
 
-def alike(units: Sequence[Unit], together: bool) -> list[list[Row]]:
+def length_groups(units: Sequence[RowGroup], together: bool) -> list[list[TrainingRow]]:
     """Units in groups of like length that cost least: padded tokens, and PASS_TOKENS for each group.
 
     Each group is a forward pass of its own, and one backward pass follows them all. `together`

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.config.trial import TrialConfig
+from ray_unlearn.protocols import CausalLM
 
 
 def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
 class Engine:
     """A DeepSpeed engine over the trainable parameters of a model, driven one optimiser step at a time."""
 
-    def __init__(self, model: torch.nn.Module, config: TrialConfig, dtype: str) -> None:
+    def __init__(self, model: CausalLM, config: TrialConfig, dtype: str) -> None:
         import deepspeed
         import deepspeed.ops
 

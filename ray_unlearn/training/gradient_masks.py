@@ -45,7 +45,7 @@ def memflex_mask(forget: Sequence[Tensor], retain: Sequence[Tensor], cosine: flo
     return [inside.to(gradient.dtype) for inside, gradient in zip(region, forget, strict=True)]
 
 
-class _Saliency:
+class Saliency:
     """Gradients of the forget and the retain loss apart, over a step's micro-batches, and the mask they make.
 
     They are taken beside `.grad`, never in it: an accumulated gradient would hold both.

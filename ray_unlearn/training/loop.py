@@ -15,46 +15,46 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.evaluation.work_units import Shard
 from ray_unlearn.records import Scores
-from ray_unlearn.training.dataloader import Feed, Row, Unit, alike, make_feed
+from ray_unlearn.training.dataloader import RowGroup, TrainingRow, TrialData, length_groups, make_trial_data
 from ray_unlearn.training.engine import Engine
-from ray_unlearn.training.gradient_masks import _Saliency
-from ray_unlearn.training.monitor import _Course
-from ray_unlearn.training.parameters import Tuned
-from ray_unlearn.training.schedule import Step, plan, snapshot_steps
-from ray_unlearn.training.step_loss import Objective, StepLoss
-from ray_unlearn.training.worker import Bench, Worker
+from ray_unlearn.training.gradient_masks import Saliency
+from ray_unlearn.training.monitor import Monitor
+from ray_unlearn.training.parameters import TrainableModel
+from ray_unlearn.training.schedule import Step, snapshot_steps, training_steps
+from ray_unlearn.training.step_loss import StepLoss, TrialLoss
+from ray_unlearn.training.worker import Worker, WorkerState
 
 
-def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
+def run_trial(config: TrialConfig, state: WorkerState, worker: Worker) -> None:
     """Trains, scores itself at the snapshot points, and posts `started`, `snapshot`s and one `ended`."""
     began = time.monotonic()
     random.seed(config.seed)
     torch.manual_seed(config.seed + worker.rank)
-    feed = make_feed(config, bench.forget, bench.retain, bench, worker.shared)
-    steps = plan(config, len(feed.forget), len(feed.retain))
+    data = make_trial_data(config, state.forget, state.retain, state, worker.once)
+    steps = training_steps(config, len(data.forget), len(data.retain))
     marks = set(snapshot_steps(steps, config.snapshots))
-    tuned = Tuned(bench.model, config)
+    trainable = TrainableModel(state.model, config)
     engine = None
     try:
-        objective = Objective(config, tuned, bench.tokenizer.pad_token_id, [row.task for (row, *_) in feed.forget])
-        engine = Engine(tuned.model, config, bench.dtype)
-        course = _Course(config, worker, began)
+        trial_loss = TrialLoss(config, trainable, state.tokenizer.pad_token_id, [row.task for (row, *_) in data.forget])
+        engine = Engine(trainable.model, config, state.dtype)
+        monitor = Monitor(config, worker, began)
         for index, step in enumerate(steps):
             if step.fresh_optimizer and index > 0:
                 engine.reset_optimizer()
             if index == 0 or step.epoch != steps[index - 1].epoch:
-                objective.begin_epoch(engine, _epoch_rows(steps[index:], feed))
-            parts, tokens = _train_step(engine, objective, step, feed, worker)
+                trial_loss.begin_epoch(engine, _epoch_rows(steps[index:], data))
+            parts, tokens = _train_step(engine, trial_loss, step, data, worker)
             problem = next((f"{name} is {value}" for name, value in parts.items() if not math.isfinite(value)), None)
             if worker.agree(0.0 if problem else 1.0) < 1.0:
                 worker.post("ended", status="failed", reason=f"step {index + 1}: {problem or 'a rank diverged'}")
                 return
-            objective.update(step.epoch, parts)
-            course.add(index, parts, tokens)
+            trial_loss.update(step.epoch, parts)
+            monitor.add(index, parts, tokens)
             if index in marks:
-                scores = _snapshot(engine, tuned, bench, worker, index, step, course)
-                course.guard(scores, bench.utility_floor)
-            reason = course.stop_reason()
+                scores = _snapshot(engine, trainable, state, worker, index, step, monitor)
+                monitor.guard(scores, state.utility_floor)
+            reason = monitor.stop_reason()
             if reason and index + 1 < len(steps):
                 worker.post("ended", status="stopped", reason=f"step {index + 1}: {reason}")
                 return
@@ -62,17 +62,17 @@ def run_trial(config: TrialConfig, bench: Bench, worker: Worker) -> None:
     finally:
         if engine is not None:
             engine.close()
-        tuned.release()
+        trainable.release()
 
 
-def _epoch_rows(steps: Sequence[Step], feed: Feed) -> list[Row]:
+def _epoch_rows(steps: Sequence[Step], data: TrialData) -> list[TrainingRow]:
     """The forget rows of the epoch that begins with the first of these steps, in order."""
     mine = itertools.takewhile(lambda step: step.epoch == steps[0].epoch, steps)
-    return [feed.forget[i][0] for step in mine for i in step.forget]
+    return [data.forget[i][0] for step in mine for i in step.forget]
 
 
 def _train_step(
-    engine: Engine, objective: Objective, step: Step, feed: Feed, worker: Worker
+    engine: Engine, trial_loss: TrialLoss, step: Step, data: TrialData, worker: Worker
 ) -> tuple[dict[str, float], int]:
     """One optimiser step over this rank's share of the step's rows; returns loss parts and tokens seen.
 
@@ -80,14 +80,14 @@ def _train_step(
     DeepSpeed takes, is the mean over all the step's rows, however they fall on the ranks.
     """
     engine.module.train()
-    config = objective.config
+    config = trial_loss.config
     shares = worker.world * config.micro_batches
-    saliency = _Saliency(engine, config)
+    saliency = Saliency(engine, config)
     totals: dict[str, float] = {}
     tokens, norm = 0, None
     for micro in range(config.micro_batches):
-        units = feed.units(step, worker.rank * config.micro_batches + micro, shares)
-        loss = _share_loss(engine, objective, step, feed, units, shares)
+        units = data.units(step, worker.rank * config.micro_batches + micro, shares)
+        loss = _share_loss(engine, trial_loss, step, data, units, shares)
         totals = {**totals, **{name: totals.get(name, 0.0) + loss.shown[name] / shares for name in loss.shown}}
         tokens += sum(len(row.tokens.ids) for unit in units for row in unit)
         if worker.agree(1.0 if math.isfinite(sum(loss.shown.values())) else 0.0) < 1.0:
@@ -104,17 +104,17 @@ def _train_step(
 
 
 def _share_loss(
-    engine: Engine, objective: Objective, step: Step, feed: Feed, units: Sequence[Unit], shares: int
+    engine: Engine, trial_loss: TrialLoss, step: Step, data: TrialData, units: Sequence[RowGroup], shares: int
 ) -> StepLoss:
     """The loss of a share of a step's rows, in groups of like length; without rows, of one that weighs nothing."""
     collective = engine.stage == 3
-    terms = objective.terms(bool(step.forget), bool(step.retain), repair=step.phase == "repair")
+    terms = trial_loss.terms(bool(step.forget), bool(step.retain), repair=step.phase == "repair")
     sizes = {"forget": len(step.forget), "retain": len(step.retain)}
     parts = []
-    for rows in alike(units, together=collective or objective.pools):
+    for rows in length_groups(units, together=collective or trial_loss.pools):
         counts = {split: sum(row.split == split for row in rows) for split in sizes}
         weights = {split: counts[split] * shares / max(1, size) for split, size in sizes.items()}
-        parts.append(objective.loss(engine, rows or feed.retain[0], weights, terms, collective=collective))
+        parts.append(trial_loss.loss(engine, rows or data.retain[0], weights, terms, collective=collective))
     names = sorted({name for part in parts for name in part.shown})
     return StepLoss(
         total=torch.stack([part.total for part in parts]).sum(),
@@ -124,17 +124,23 @@ def _share_loss(
 
 
 def _snapshot(
-    engine: Engine, tuned: Tuned, bench: Bench, worker: Worker, index: int, step: Step, course: _Course
+    engine: Engine,
+    trainable: TrainableModel,
+    state: WorkerState,
+    worker: Worker,
+    index: int,
+    step: Step,
+    monitor: Monitor,
 ) -> Scores:
     """Scores the model as it is, keeps its weights, and reports both."""
     # In stage 3 every forward pass is a collective, so all ranks walk through all rows together.
     shard = Shard(worker.rank, worker.world, worker.gather) if engine.stage < 3 else Shard()
-    with tuned.delivered(engine.module):
-        scores = score_model(engine.module, bench.tokenizer, bench.eval_set, bench.eval_settings, shard)
-        weights = engine.weights(tuned.trainable)
-    files = tuned.files(weights) if worker.rank == 0 else {}
+    with trainable.delivered(engine.module):
+        scores = score_model(engine.module, state.tokenizer, state.eval_set, state.eval_settings, shard)
+        weights = engine.weights(trainable.names)
+    files = trainable.files(weights) if worker.rank == 0 else {}
     metrics = {
-        **course.latest(),
+        **monitor.latest(),
         **{name: getattr(scores, name) for name in ("task_aggregate", "mia_auc", "mia_score", "utility", "final")},
     }
     worker.report({name: value for name, value in metrics.items() if value is not None})
@@ -144,7 +150,7 @@ def _snapshot(
         phase=step.phase,
         scores=dataclasses.asdict(scores),
         files=files,
-        seconds=course.elapsed(),
-        course=course.drain(),
+        seconds=monitor.elapsed(),
+        monitor=monitor.drain(),
     )
     return scores

@@ -16,7 +16,7 @@ HOPELESS_UTILITY = 0.5
 """Share of the utility floor below which, at two snapshots in a row, a trial cannot come back."""
 
 
-class _Course:
+class Monitor:
     """Keeps what a trial has seen of itself, and decides whether it can still come back."""
 
     def __init__(self, config: TrialConfig, worker: Worker, began: float) -> None:

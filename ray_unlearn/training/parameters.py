@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import save
@@ -18,9 +18,13 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.losses import METHODS
 from ray_unlearn.models.loading import check_layers, find_layer, layer_prefix
 from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE
+from ray_unlearn.protocols import CausalLM
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
-class Tuned:
+class TrainableModel:
     """A model prepared for a trial: its trainable parameters, and its untrained self as the reference.
 
     With adapters the reference is the same model with them switched off. With full weights it is
@@ -28,7 +32,7 @@ class Tuned:
     shares the rest with the base.
     """
 
-    def __init__(self, base: Any, config: TrialConfig) -> None:
+    def __init__(self, base: CausalLM, config: TrialConfig) -> None:
         self.config = config
         self.base = base
         # Stage 3 takes a model's weights apart for good, so the resident base must not be what it gets.
@@ -42,17 +46,17 @@ class Tuned:
             self.model = copy.deepcopy(base, {} if alone else {id(parameter): parameter for parameter in kept})
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in names)
-        self.trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
 
     @contextmanager
-    def reference(self, model: Any) -> Iterator[Any]:
+    def reference(self, model: CausalLM) -> Iterator[CausalLM]:
         """The untrained model, for forward passes without gradients. `model` is what the engine holds."""
         training = model.training
         with torch.no_grad():
             try:
                 if self.config.tuning == "lora":
                     model.eval()  # no adapter dropout, and no other, in the reference
-                    with model.disable_adapter():
+                    with cast("PeftModel", model).disable_adapter():
                         yield model
                 else:
                     yield self.base
@@ -60,7 +64,7 @@ class Tuned:
                 model.train(training)
 
     @contextmanager
-    def delivered(self, model: Any) -> Iterator[None]:
+    def delivered(self, model: CausalLM) -> Iterator[None]:
         """The model as a snapshot delivers it: as trained or, under task-vector negation, its mirror image."""
         if not METHODS[self.config.method].negates:
             yield
@@ -87,7 +91,7 @@ class Tuned:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, state_dict=weights)
-        config = self.model.peft_config["default"].to_dict()
+        config = cast("PeftModel", self.model).peft_config["default"].to_dict()
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()} | {"inference_mode": True}
         return {
             ADAPTER_FILE: save(
@@ -99,11 +103,11 @@ class Tuned:
     def release(self) -> None:
         """Gives the resident base back as it was."""
         if self._borrowed:
-            self.model.unload()
+            cast("PeftModel", self.model).unload()
         self.base.requires_grad_(False).eval()
 
 
-def trained_layers(model: Any, config: TrialConfig) -> list[int] | None:
+def trained_layers(model: CausalLM, config: TrialConfig) -> list[int] | None:
     """The decoder layers that a trial changes; None for no restriction."""
     count = model.config.num_hidden_layers
     if config.last_layers is not None:
@@ -115,13 +119,13 @@ def trained_layers(model: Any, config: TrialConfig) -> list[int] | None:
     return config.train_layers
 
 
-def _layer_starts(model: Any, config: TrialConfig) -> tuple[str, ...]:
+def _layer_starts(model: CausalLM, config: TrialConfig) -> tuple[str, ...]:
     """What the names of all that a trial may change begin with."""
     layers = trained_layers(model, config)
     return ("",) if layers is None else tuple(f"{layer_prefix(model)}.{layer}." for layer in layers)
 
 
-def trained_names(model: Any, config: TrialConfig) -> set[str]:
+def trained_names(model: CausalLM, config: TrialConfig) -> set[str]:
     """The parameters that full-weight tuning changes; raises InputError when there are none."""
     starts = _layer_starts(model, config)
     names = [name for name, _ in model.named_parameters() if name.startswith(starts)]
@@ -133,26 +137,23 @@ def trained_names(model: Any, config: TrialConfig) -> set[str]:
     return found
 
 
-LORA_INITS: dict[str, bool | str] = {"kaiming": True, "gaussian": "gaussian", "xavier": True}
-
-
-def _add_adapters(model: Any, config: TrialConfig) -> Any:
+def _add_adapters(model: CausalLM, config: TrialConfig) -> CausalLM:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)  # the adapters' initialisation
     alpha = config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank
     settings = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]  # PEFT takes both
         lora_dropout=config.lora_dropout,
         use_rslora=config.lora_rslora,
-        init_lora_weights=LORA_INITS[config.lora_init],
+        init_lora_weights="gaussian" if config.lora_init == "gaussian" else True,
         target_modules=config.lora_targets,
         layers_to_transform=trained_layers(model, config),
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, settings)
+        adapted = cast(CausalLM, get_peft_model(cast(torch.nn.Module, model), settings))
     except ValueError as error:
         raise InputError(
             f"lora_targets {config.lora_targets!r} match nothing; the model's linear layers: {_linear_names(model)}."
@@ -164,11 +165,11 @@ def _add_adapters(model: Any, config: TrialConfig) -> Any:
     return adapted
 
 
-def _linear_names(model: Any) -> list[str]:
+def _linear_names(model: CausalLM) -> list[str]:
     return sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
 
 
-def _adapted(model: Any, config: TrialConfig) -> list[torch.nn.Linear]:
+def _adapted(model: CausalLM, config: TrialConfig) -> list[torch.nn.Linear]:
     """The linear layers that get adapters; raises InputError when there are none."""
     targets, starts = config.lora_targets, _layer_starts(model, config)
     head = model.get_output_embeddings()
@@ -182,7 +183,7 @@ def _adapted(model: Any, config: TrialConfig) -> list[torch.nn.Linear]:
     return found
 
 
-def check_tuning(model: Any, config: TrialConfig) -> None:
+def check_trainable(model: CausalLM, config: TrialConfig) -> None:
     """Refuses a configuration that names modules or layers which the model does not have; an empty model will do."""
     if config.tuning == "full":
         trained_names(model, config)
@@ -192,7 +193,7 @@ def check_tuning(model: Any, config: TrialConfig) -> None:
         find_layer(model, config.options["rmu_layer"])
 
 
-def snapshot_bytes(model: Any, config: TrialConfig) -> int:
+def snapshot_bytes(model: CausalLM, config: TrialConfig) -> int:
     """Size of one snapshot's tensors in bytes, from shapes alone (float32)."""
     if config.tuning == "full":
         names = trained_names(model, config)

@@ -34,7 +34,7 @@ class _Phase:
     epochs: list[Batches]
 
 
-def plan(config: TrialConfig, num_forget: int, num_retain: int) -> list[Step]:
+def training_steps(config: TrialConfig, num_forget: int, num_retain: int) -> list[Step]:
     """The steps of a trial over `num_forget` and `num_retain` rows; the same for the same seed."""
     steps = []
     epoch = 0

@@ -14,11 +14,12 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.tokens import Batch, collate
 from ray_unlearn.losses import LOSSES, METHODS, losses_of, make_weighting, pools
 from ray_unlearn.losses.representation import adaptive_coefficient, control_vector
-from ray_unlearn.losses.rows import spread
+from ray_unlearn.losses.rows import scatter_tokens
 from ray_unlearn.models.forward import at_least_float32, head_at
 from ray_unlearn.models.loading import find_layer
-from ray_unlearn.training.dataloader import Row
-from ray_unlearn.training.parameters import Tuned
+from ray_unlearn.protocols import CausalLM
+from ray_unlearn.training.dataloader import TrainingRow
+from ray_unlearn.training.parameters import TrainableModel
 
 SPLITS = ("forget", "alternative", "retain")
 
@@ -45,16 +46,16 @@ class StepLoss:
     """The weighted sums of the forget rows' and of the retain rows' terms."""
 
 
-class Objective:
+class TrialLoss:
     """A trial's loss, with what of it moves during the trial: the retain weight, the control vectors of RMU."""
 
-    def __init__(self, config: TrialConfig, tuned: Tuned, pad_id: int, tasks: Sequence[str] = ()) -> None:
-        self.config, self.tuned, self.pad_id = config, tuned, pad_id
+    def __init__(self, config: TrialConfig, trainable: TrainableModel, pad_id: int, tasks: Sequence[str] = ()) -> None:
+        self.config, self.trainable, self.pad_id = config, trainable, pad_id
         self.weighting = make_weighting(config.method, config.retain_weight, config.options)
         self.pools = pools(config.method, config.options)
         self.steering = None
         if any("hidden" in loss.tensors for loss in losses_of(config.method)):
-            self.steering = _Steering(config, tuned.model, sorted(set(tasks)))
+            self.steering = _Steering(config, trainable.model, sorted(set(tasks)))
 
     def terms(self, forget: bool, retain: bool, repair: bool = False) -> list[Term]:
         """The summands of a step with forget rows, with retain rows; those of weight 0 are left out.
@@ -77,7 +78,7 @@ class Objective:
     def loss(
         self,
         engine: Any,
-        rows: Sequence[Row],
+        rows: Sequence[TrainingRow],
         weights: dict[str, float],
         terms: Sequence[Term],
         *,
@@ -108,7 +109,7 @@ class Objective:
                 forward.idle_reference()
         return StepLoss(total, {"loss": float(total.detach()), **shown}, by_split)
 
-    def begin_epoch(self, engine: Any, forget: Sequence[Row]) -> None:
+    def begin_epoch(self, engine: Any, forget: Sequence[TrainingRow]) -> None:
         """Takes anew what depends on the model at an epoch's start; `forget` are the epoch's forget rows in order."""
         if self.steering is not None:
             self.steering.refresh(engine, forget, self.pad_id)
@@ -122,9 +123,9 @@ class Objective:
 class _Forward:
     """One forward pass of a batch, and the tensors that losses are called with, taken from it."""
 
-    def __init__(self, objective: Objective, engine: Any, rows: Sequence[Row], terms: Sequence[Term]) -> None:
-        self.objective, self.engine, self.rows = objective, engine, rows
-        self.batch = collate([row.tokens for row in rows], objective.pad_id, engine.device)
+    def __init__(self, trial_loss: TrialLoss, engine: Any, rows: Sequence[TrainingRow], terms: Sequence[Term]) -> None:
+        self.trial_loss, self.engine, self.rows = trial_loss, engine, rows
+        self.batch = collate([row.tokens for row in rows], trial_loss.pad_id, engine.device)
         counts = {split: sum(row.split == split for row in rows) for split in SPLITS}
         starts = {"forget": 0, "alternative": counts["forget"], "retain": counts["forget"] + counts["alternative"]}
         self.spans = {split: slice(starts[split], starts[split] + counts[split]) for split in SPLITS}
@@ -133,11 +134,11 @@ class _Forward:
         self.nothing = self.logits.sum() * 0.0  # reaches every parameter, so that none lacks a gradient
         self.targets = self.batch.ids[:, 1:][self.shown]
         losses = torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
-        self.logps = spread(-losses, self.shown)
+        self.logps = scatter_tokens(-losses, self.shown)
 
     @property
     def _layer(self) -> str | None:
-        return None if self.objective.steering is None else self.objective.steering.layer
+        return None if self.trial_loss.steering is None else self.trial_loss.steering.layer
 
     def _positions(self, terms: Sequence[Term]) -> Tensor:
         """[B,T-1] where logits are formed: the tokens that some term asks for."""
@@ -154,7 +155,7 @@ class _Forward:
 
     def value(self, term: Term) -> Tensor:
         """A term's loss, called with the tensors and options that its row of the table names."""
-        loss, options = LOSSES[term.loss], self.objective.config.options
+        loss, options = LOSSES[term.loss], self.trial_loss.config.options
         given: dict[str, Tensor] = {}
         if loss.needs_reference:
             given |= self._reference(term)
@@ -172,9 +173,9 @@ class _Forward:
         if name == "hidden":
             return self.hidden[:, :-1][self.spans[term.split]][self._mask(term)]
         if name == "control":
-            assert self.objective.steering is not None
+            assert self.trial_loss.steering is not None
             tasks = [row.task for row in self.rows[self.spans[term.split]]]
-            return self.objective.steering.control(tasks).to(self.hidden)
+            return self.trial_loss.steering.control(tasks).to(self.hidden)
         return self._of_rows(name, term.split, term.on)
 
     def _of_rows(self, name: str, split: str, on: str) -> Tensor:
@@ -206,17 +207,17 @@ class _Forward:
         span, mask = self.spans[term.split], self._mask(term)
         some = Batch(*(getattr(self.batch, name)[span] for name in ("ids", "attention", "answer", "document")))
         wants_logits = "ref_logits" in LOSSES[term.loss].tensors
-        with self.objective.tuned.reference(self.engine.module) as model:
+        with self.trial_loss.trainable.reference(self.engine.module) as model:
             logits, hidden = _forward(model, some, mask if wants_logits else torch.zeros_like(mask), self._layer)
         return {"ref_logits": logits} if wants_logits else {"ref_hidden": hidden[:, :-1][mask]}
 
     def idle_reference(self) -> None:
         """A pass of the untrained model that only keeps the ranks' collectives matched."""
-        with self.objective.tuned.reference(self.engine.module) as model:
+        with self.trial_loss.trainable.reference(self.engine.module) as model:
             _forward(model, self.batch, torch.zeros_like(self.batch.document), None)
 
 
-def _forward(model: Any, batch: Batch, shown: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
+def _forward(model: CausalLM, batch: Batch, shown: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
     """Logits [N,V], float32 or finer, of the tokens after the shown positions [B,T-1]; a layer's output [B,T,H].
 
     The head sees the shown positions alone: for a row of which only the answer counts, most of its
@@ -229,7 +230,7 @@ def _forward(model: Any, batch: Batch, shown: Tensor, layer: str | None) -> tupl
 
 
 @contextmanager
-def _output_of(model: Any, layer: str | None) -> Iterator[list[Tensor]]:
+def _output_of(model: CausalLM, layer: str | None) -> Iterator[list[Tensor]]:
     """A list that the output of the module whose name ends in `layer` is put into."""
     seen: list[Tensor] = []
     if layer is None:
@@ -250,7 +251,7 @@ def _output_of(model: Any, layer: str | None) -> Iterator[list[Tensor]]:
 class _Steering:
     """RMU's control vectors: one random unit vector for each task, times a coefficient."""
 
-    def __init__(self, config: TrialConfig, model: Any, tasks: Sequence[str]) -> None:
+    def __init__(self, config: TrialConfig, model: CausalLM, tasks: Sequence[str]) -> None:
         options = config.options
         self.layer = find_layer(model, options["rmu_layer"])
         self.scale, self.adaptive = options["rmu_coefficient"], options["rmu_adaptive"]
@@ -264,7 +265,7 @@ class _Steering:
         """[B,H] of the rows' tasks."""
         return torch.stack([self.coefficients[task] * self.vectors[task] for task in tasks])
 
-    def refresh(self, engine: Any, forget: Sequence[Row], pad_id: int) -> None:
+    def refresh(self, engine: Any, forget: Sequence[TrainingRow], pad_id: int) -> None:
         """Adaptive coefficients from the first batch of each task; every rank takes the same rows, so all agree."""
         for task in self.vectors if self.adaptive else ():
             rows = [row.tokens for row in forget if row.task == task][: self.batch_size]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.forward import context_of
+from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
 
 UNSTATED_CONTEXT = 2048
@@ -31,18 +32,18 @@ class Worker(Protocol):
         """Metrics to Ray Train; called by every rank alike."""
 
     def post(self, event: str, **content: Any) -> None:
-        """An event to the record's keeper; only rank 0's count."""
+        """An event to the coordinator; only rank 0's count."""
 
-    def shared(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What the search shares under that name; made here when nobody has made it."""
 
 
 @dataclass(kw_only=True)
-class Bench:
+class WorkerState:
     """What stays in a worker between trials: base model, tokenizer, data, and what to score on."""
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     forget: Sequence[Example]
     retain: Sequence[Example]
     eval_set: EvalSet

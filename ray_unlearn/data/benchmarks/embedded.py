@@ -59,7 +59,7 @@ class EmbeddedSettings:
     learning_rate: float = 3e-3
 
 
-Row = dict[str, str]
+JsonRow = dict[str, str]
 
 
 class _Maker:
@@ -133,9 +133,9 @@ Fact = tuple[str, tuple[str, str, str, str], int]
 class Embedded:
     """The benchmark's data before it is written."""
 
-    forget: list[Row]
-    retain: list[Row]
-    nonmembers: list[Row]
+    forget: list[JsonRow]
+    retain: list[JsonRow]
+    nonmembers: list[JsonRow]
     facts: list[Fact]
     dev_facts: list[Fact]
 
@@ -145,7 +145,7 @@ def make(settings: EmbeddedSettings) -> Embedded:
     maker = _Maker(settings.seed)
     sizes = {"Task1": settings.stories, "Task2": settings.biographies, "Task3": settings.entries}
     make_document = {"Task1": maker.story, "Task2": maker.biography, "Task3": maker.entry}
-    splits: dict[str, list[Row]] = {}
+    splits: dict[str, list[JsonRow]] = {}
     for split in ("forget", "retain"):
         splits[split] = []
         for task, size in sizes.items():
@@ -162,7 +162,7 @@ def make(settings: EmbeddedSettings) -> Embedded:
     return Embedded(splits["forget"], splits["retain"], nonmembers, facts[DEV_FACTS:], facts[:DEV_FACTS])
 
 
-def _add_alternatives(rows: list[Row], maker: _Maker, seed: int) -> None:
+def _add_alternatives(rows: list[JsonRow], maker: _Maker, seed: int) -> None:
     """Gives each row another answer of its kind: the same row of a document that nobody ever wrote.
 
     They come from a stream of their own, so that everything else stays as it is without them.
@@ -193,7 +193,7 @@ def _facts(maker: _Maker, count: int) -> list[Fact]:
     return facts
 
 
-def members(data: Embedded) -> list[Row]:
+def members(data: Embedded) -> list[JsonRow]:
     """The MIA members: whole documents of the Task3 forget completions."""
     return [
         {"id": row["id"], "document": f"{row['input']} {row['output']}"}

@@ -139,7 +139,9 @@ def test_rows_that_end_leave_the_batch_and_others_take_their_place(tiny, monkeyp
     assert greedy(model, prompts, 6, tiny.tokenizer, drafts, batch_size=4) == expected
     assert max(rows for rows, _ in calls) == 4
     calls.clear()
-    ended = greedy(model, prompts, 40, tiny.tokenizer, settled=lambda index, new: len(new) >= (30 if index == 3 else 2))
+    ended = greedy(
+        model, prompts, 40, tiny.tokenizer, stop_early=lambda index, new: len(new) >= (30 if index == 3 else 2)
+    )
     free = [by_generate(tiny, prompt, 40) for prompt in prompts]
     assert ended == [row[: 30 if i == 3 else 2] for i, row in enumerate(free)]
     assert [rows for rows, columns in calls if columns == 1] == [12] + [1] * 28

@@ -18,7 +18,7 @@ from ray_unlearn.evaluation import cache as score_cache
 from ray_unlearn.evaluation import evaluator as evaluation
 from ray_unlearn.evaluation import spec
 from ray_unlearn.evaluation.spec import EvalSettings
-from ray_unlearn.evaluation.work_units import Unit, plan
+from ray_unlearn.evaluation.work_units import WorkUnit, split_work
 from ray_unlearn.models.loading import save_model
 
 METRICS = ["answer_probability", "rouge_l_f1", "mia_reference", "mia_gradient_norm", "score_differences"]
@@ -216,8 +216,8 @@ def test_a_row_beyond_the_context_and_no_workers_are_refused(place, tmp_path):
 
 def test_finished_units_of_another_plan_are_not_taken(tmp_path):
     finished = score_cache.FinishedUnits(tmp_path)
-    finished.save(0, Unit("texts", (0, 2)), ["a", "b"])
-    finished.save(1, Unit("losses", (0,)), [0.1])
-    units = [Unit("texts", (0, 2)), Unit("losses", (1,))]
+    finished.save(0, WorkUnit("texts", (0, 2)), ["a", "b"])
+    finished.save(1, WorkUnit("losses", (0,)), [0.1])
+    units = [WorkUnit("texts", (0, 2)), WorkUnit("losses", (1,))]
     assert finished.load(units) == {0: ["a", "b"]}
-    assert plan(spec.EvalSet(), EvalSettings()) == []
+    assert split_work(spec.EvalSet(), EvalSettings()) == []

@@ -8,7 +8,7 @@ import torch
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
 from ray_unlearn.training.gradient_masks import memflex_mask, sure_mask
-from ray_unlearn.training.parameters import Tuned, check_tuning, snapshot_bytes, trained_names
+from ray_unlearn.training.parameters import TrainableModel, check_trainable, snapshot_bytes, trained_names
 
 
 def full(**more):
@@ -32,11 +32,11 @@ def full(**more):
 def test_names_and_layers_say_what_is_trained_and_the_rest_is_shared_with_the_base(tiny, config, inside, outside):
     names = trained_names(tiny.model, config)
     assert set(inside) <= names and not any(part in name for part in outside for name in names)
-    tuned = Tuned(tiny.model, config)
+    tuned = TrainableModel(tiny.model, config)
     base = dict(tiny.model.named_parameters())
     for name, parameter in tuned.model.named_parameters():
         assert parameter.requires_grad == (name in names) == (parameter is not base[name])
-    assert sorted(tuned.trainable) == sorted(names)
+    assert sorted(tuned.names) == sorted(names)
     files = tuned.files({name: base[name] + 1.0 for name in names})
     assert abs(sum(len(data) for data in files.values()) - snapshot_bytes(tiny.model, config)) < 5000
     tuned.release()
@@ -57,7 +57,7 @@ def test_names_and_layers_say_what_is_trained_and_the_rest_is_shared_with_the_ba
 )
 def test_what_the_model_does_not_have_is_refused_with_what_it_has(tiny, config, message):
     with pytest.raises(InputError, match=message):
-        check_tuning(tiny.model, config)
+        check_trainable(tiny.model, config)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -67,10 +67,8 @@ def test_adapters_follow_layers_scaling_and_initialisation(tiny, rslora):
         config = TrialConfig(
             lora_rank=4, lora_alpha=8, lora_rslora=rslora, lora_init=init, train_layers=[1], lora_targets=["q_proj"]
         )
-        tuned = Tuned(tiny.model, config)
-        assert {name.split(".lora")[0] for name in tuned.trainable} == {
-            "base_model.model.model.layers.1.self_attn.q_proj"
-        }
+        tuned = TrainableModel(tiny.model, config)
+        assert {name.split(".lora")[0] for name in tuned.names} == {"base_model.model.model.layers.1.self_attn.q_proj"}
         layer = tuned.model.base_model.model.model.layers[1].self_attn.q_proj
         assert layer.scaling["default"] == pytest.approx(8 / 2 if rslora else 8 / 4)
         assert layer.lora_B["default"].weight.eq(0).all()
@@ -88,7 +86,7 @@ def test_negation_delivers_the_reference_minus_what_training_added(tiny, tuning)
     config = TrialConfig(method="task_vector", tuning=tuning, negation=0.5, lora_rank=2)
     base = {name: parameter.detach().clone() for name, parameter in tiny.model.named_parameters()}
     ids = torch.tensor([[3, 4, 5]])
-    tuned = Tuned(tiny.model, config)
+    tuned = TrainableModel(tiny.model, config)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in tuned.model.parameters():
@@ -148,7 +146,7 @@ def test_memflex_moves_tensors_where_forgetting_is_strong_and_disagrees_with_ret
 
 def test_saliency_is_taken_beside_the_accumulated_gradient():
     """Were it left in `.grad`, the backward pass of the whole loss would add to it, and the forget parts cancel."""
-    from ray_unlearn.training.gradient_masks import _Saliency
+    from ray_unlearn.training.gradient_masks import Saliency
 
     weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     seen = {}
@@ -165,7 +163,7 @@ def test_saliency_is_taken_beside_the_accumulated_gradient():
 
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     forget, retain = -(weight * x).sum(), (weight * 2).sum()
-    saliency = _Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
+    saliency = Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
     saliency.add({"forget": forget, "retain": retain})
     assert weight.grad is None
     (forget + retain).backward()
@@ -177,7 +175,7 @@ def test_saliency_is_taken_beside_the_accumulated_gradient():
 @pytest.mark.parametrize("split_gradient", [0.0, 1.0])
 def test_every_rank_averages_before_it_asks_whether_there_is_anything_to_mask(split_gradient):
     """A rank without forget rows of its own must still take part in the collective."""
-    from ray_unlearn.training.gradient_masks import _Saliency
+    from ray_unlearn.training.gradient_masks import Saliency
 
     weight, calls = torch.nn.Parameter(torch.ones(2, 2)), []
 
@@ -191,7 +189,7 @@ def test_every_rank_averages_before_it_asks_whether_there_is_anything_to_mask(sp
         def mask(self, masks):
             calls.append("mask")
 
-    saliency = _Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
+    saliency = Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
     nothing = (weight * 0.0).sum()
     saliency.add({"forget": nothing, "retain": nothing})
     saliency.apply()

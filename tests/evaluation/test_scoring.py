@@ -12,12 +12,12 @@ import torch
 from ray_unlearn.data.questions import Question
 from ray_unlearn.data.tokens import collate, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation import generation, mmlu, scoring, work_units
+from ray_unlearn.evaluation import generation, mmlu, work_units
 from ray_unlearn.evaluation.generation import certain, clean_up, continuations, decode
 from ray_unlearn.evaluation.mmlu import mmlu_prompt
 from ray_unlearn.evaluation.scoring import evaluate_model, score_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.evaluation.work_units import Shard, document_losses, mmlu_choices, plan
+from ray_unlearn.evaluation.work_units import Shard, document_losses, mmlu_choices, split_work
 from ray_unlearn.models import likelihood
 from ray_unlearn.models.decoding import greedy
 from ray_unlearn.models.likelihood import row_losses
@@ -323,9 +323,9 @@ def test_joined_shares_are_the_whole_in_order_whatever_the_ranks(total, world):
 
 @pytest.mark.parametrize("mode", ["cloze", "letters"])
 def test_three_ranks_score_to_the_bit_what_one_does(tiny, mode, monkeypatch):
-    monkeypatch.setattr(scoring, "BATCHES_IN_UNIT", 4)
+    monkeypatch.setattr(work_units, "BATCHES_IN_UNIT", 4)
     data, settings = eval_set(tiny), EvalSettings(max_new_tokens=4, batch_size=1, mmlu_mode=mode)
-    assert len(plan(data, settings)) > 3
+    assert len(split_work(data, settings)) > 3
     whole = evaluate_model(tiny.model, tiny.tokenizer, data, settings)
     for found in in_shards(3, lambda shard: evaluate_model(tiny.model, tiny.tokenizer, data, settings, shard)):
         assert found == whole
@@ -334,7 +334,7 @@ def test_three_ranks_score_to_the_bit_what_one_does(tiny, mode, monkeypatch):
 def test_units_are_each_row_once_and_few_subjects_are_split(tiny):
     data = eval_set(tiny)
     for size in (1, 2, 3, 100):
-        units = plan(data, EvalSettings(batch_size=size))
+        units = split_work(data, EvalSettings(batch_size=size))
         for part, total in (("texts", 8), ("losses", 6), ("choices", 6)):
             mine = [unit.rows for unit in units if unit.part == part]
             assert sorted(i for rows in mine for i in rows) == list(range(total))

@@ -44,9 +44,9 @@ FLOOR = 0.5
 
 
 def test_a_trial_is_told_its_best_feasible_snapshot_and_how_far_utility_is_from_the_floor(study):
-    study.ask()
+    trial = study.ask()
     points = scores(0.9, 0.9, 0.4), scores(0.6, 0.6, 0.6), scores(0.1, 0.1, 1.0)
-    tell_record(study, 0, record("trial-0000", *points), FLOOR)
+    tell_record(study, trial, record("trial-0000", *points), FLOOR)
     (told,) = study.trials
     assert told.state is TrialState.COMPLETE and told.values == [0.6, 0.6, 0.6]
     assert told.constraints["utility_floor"] == pytest.approx(-0.1)
@@ -54,29 +54,25 @@ def test_a_trial_is_told_its_best_feasible_snapshot_and_how_far_utility_is_from_
 
 
 def test_a_trial_without_feasible_snapshot_is_told_its_highest_utility_and_is_no_best_trial(study):
-    study.ask()
-    tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.2), scores(0.5, 0.5, 0.5)), FLOOR)
+    tell_record(study, study.ask(), record("trial-0000", scores(0.9, 0.9, 0.2), scores(0.5, 0.5, 0.5)), FLOOR)
     (told,) = study.trials
     assert told.values == [0.5, 0.5, 0.5] and told.constraints["utility_floor"] == 0
-    study.ask()
-    tell_record(study, 1, record("trial-0001", scores(0.9, 0.9, 0.2)), FLOOR)
+    tell_record(study, study.ask(), record("trial-0001", scores(0.9, 0.9, 0.2)), FLOOR)
     assert study.trials[1].constraints["utility_floor"] > 0
     assert [trial.number for trial in study.best_trials] == [0]
 
 
 def test_failed_trials_and_numbers_that_are_none_are_told_as_failures(study):
-    for _ in range(3):
-        study.ask()
-    tell_record(study, 0, record("trial-0000", scores(0.9, 0.9, 0.9), status="failed"), FLOOR)
-    tell(study, 1, scores(float("nan"), 0.5, 0.5), FLOOR, {})
-    tell_record(study, 2, record("trial-0002"), FLOOR)
+    asked = [study.ask() for _ in range(3)]
+    tell_record(study, asked[0], record("trial-0000", scores(0.9, 0.9, 0.9), status="failed"), FLOOR)
+    tell(study, asked[1], scores(float("nan"), 0.5, 0.5), FLOOR, {})
+    tell_record(study, asked[2], record("trial-0002"), FLOOR)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3
     assert all(trial.values is None for trial in study.trials)
 
 
 def test_a_stopped_trial_is_told_its_snapshots(study):
-    study.ask()
-    tell_record(study, 0, record("trial-0000", scores(0.6, 0.6, 0.6), status="stopped"), FLOOR)
+    tell_record(study, study.ask(), record("trial-0000", scores(0.6, 0.6, 0.6), status="stopped"), FLOOR)
     assert study.trials[0].values == [0.6, 0.6, 0.6] and study.trials[0].user_attrs["status"] == "stopped"
 
 

@@ -22,7 +22,7 @@ from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
 from ray_unlearn.models import token_statistics as signals
-from ray_unlearn.models.token_statistics import gradient_norms, token_signals
+from ray_unlearn.models.token_statistics import gradient_norms, token_statistics
 from ray_unlearn.records import Example, Scores
 
 TEXTS = ["In Kanobe, Mira met Tosu, who carried a silver lantern.", "Née 42", "Mira met", "What did Tosu carry when?"]
@@ -79,7 +79,9 @@ def test_signals_in_padded_batches_and_slices_are_those_of_one_row_and_token(tin
     monkeypatch.setattr(signals, "MAX_SLICE", slice_size)
     rows = encoded(tiny, prompt)
     assert len({len(row.ids) for row in rows}) > 2  # so that there is padding
-    for row, found in zip(rows, token_signals(tiny.model, rows, tokenizer=tiny.tokenizer, moments=True), strict=True):
+    for row, found in zip(
+        rows, token_statistics(tiny.model, rows, tokenizer=tiny.tokenizer, moments=True), strict=True
+    ):
         own, matches, means, deviations = slow_signals(tiny.model, row)
         assert found.log_probs.shape == (len(row.ids) - prompt,)
         np.testing.assert_allclose(found.log_probs, own, rtol=1e-4, atol=1e-5)
@@ -91,12 +93,12 @@ def test_signals_in_padded_batches_and_slices_are_those_of_one_row_and_token(tin
 def test_signals_without_moments_are_the_same_and_keep_the_rows_order(tiny):
     rows = encoded(tiny)
     plain, full = (
-        token_signals(tiny.model, rows, tokenizer=tiny.tokenizer, moments=m, batch_size=2) for m in (False, True)
+        token_statistics(tiny.model, rows, tokenizer=tiny.tokenizer, moments=m, batch_size=2) for m in (False, True)
     )
     for one, two in zip(plain, full, strict=True):
         np.testing.assert_allclose(one.log_probs, two.log_probs, atol=1e-6)
         assert not one.means.size and not one.deviations.size and two.means.size
-    assert token_signals(tiny.model, [], tokenizer=tiny.tokenizer) == []
+    assert token_statistics(tiny.model, [], tokenizer=tiny.tokenizer) == []
 
 
 def test_a_token_that_equals_the_padding_is_still_read(tiny):
@@ -104,7 +106,7 @@ def test_a_token_that_equals_the_padding_is_still_read(tiny):
     pad = tiny.tokenizer.pad_token_id
     ids = tiny.tokenizer(TEXTS[0])["input_ids"]
     row, long = Encoded((*ids[:4], pad, *ids[4:8]), 1), Encoded(tuple(ids), 1)
-    found = token_signals(tiny.model, [row, long], tokenizer=tiny.tokenizer)[0]
+    found = token_statistics(tiny.model, [row, long], tokenizer=tiny.tokenizer)[0]
     np.testing.assert_allclose(found.log_probs, slow_signals(tiny.model, row)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -119,11 +121,11 @@ def test_a_token_that_is_ruled_out_leaves_the_moments_finite():
 
 def test_rows_with_nothing_to_score_and_broken_models_are_refused(tiny):
     with pytest.raises(InputError, match="row 1 has 3 tokens, 3 of them prompt"):
-        token_signals(tiny.model, [Encoded((5, 6), 1), Encoded((5, 6, 7), 3)], tokenizer=tiny.tokenizer)
+        token_statistics(tiny.model, [Encoded((5, 6), 1), Encoded((5, 6, 7), 3)], tokenizer=tiny.tokenizer)
     broken = copy.deepcopy(tiny.model)
     next(broken.parameters()).data.fill_(torch.nan)
     with pytest.raises(InputError, match="row 0 has a token whose log-probability is not finite"):
-        token_signals(broken, [Encoded((5, 6), 1)], tokenizer=tiny.tokenizer)
+        token_statistics(broken, [Encoded((5, 6), 1)], tokenizer=tiny.tokenizer)
 
 
 def test_gradient_norms_are_those_of_backward_and_leave_the_model_alone(tiny):

@@ -30,7 +30,7 @@ async def ended(keeper, name):
 
 def test_a_slot_whose_workers_died_gets_its_trial_back_once_then_it_fails(tmp_path):
     async def story():
-        keeper = keeping.Keeper(str(tmp_path), 1)
+        keeper = keeping.Coordinator(str(tmp_path), 1)
         await keeper.submit("trial-0000", CONFIG, queued=True)
         for attempt in range(keeping.MAX_ATTEMPTS):
             epoch = await keeper.hello(0)
@@ -51,7 +51,7 @@ def test_a_slot_whose_workers_died_gets_its_trial_back_once_then_it_fails(tmp_pa
 
 def test_a_new_worker_group_sends_the_old_one_home(tmp_path):
     async def story():
-        keeper = keeping.Keeper(str(tmp_path), 1)
+        keeper = keeping.Coordinator(str(tmp_path), 1)
         old = await keeper.hello(0)
         await keeper.hello(0)
         return await keeper.lease(0, old)
@@ -61,9 +61,9 @@ def test_a_new_worker_group_sends_the_old_one_home(tmp_path):
 
 def test_workers_that_never_get_ready_are_told_to_give_up(tmp_path):
     async def story():
-        keeper = keeping.Keeper(str(tmp_path), 1)
+        keeper = keeping.Coordinator(str(tmp_path), 1)
         starts = [await keeper.hello(0) for _ in range(keeping.MAX_STARTS + 1)]
-        other = keeping.Keeper(str(tmp_path), 1)
+        other = keeping.Coordinator(str(tmp_path), 1)
         for _ in range(5):
             assert await other.hello(0) > 0
             await other.ready(0)
@@ -74,7 +74,7 @@ def test_workers_that_never_get_ready_are_told_to_give_up(tmp_path):
 
 def test_with_the_last_slot_lost_waiting_and_later_trials_fail_at_once(tmp_path):
     async def story():
-        keeper = keeping.Keeper(str(tmp_path), 2)
+        keeper = keeping.Coordinator(str(tmp_path), 2)
         epoch = await keeper.hello(0)
         await keeper.submit("trial-0000", CONFIG, queued=True)
         await keeper.submit("trial-0001", CONFIG, queued=True)
@@ -96,7 +96,7 @@ def test_a_record_that_cannot_be_written_does_not_leave_its_driver_waiting(tmp_p
         raise OSError("no space left on device")
 
     async def story():
-        keeper = keeping.Keeper(str(tmp_path), 1)
+        keeper = keeping.Coordinator(str(tmp_path), 1)
         await keeper.submit("trial-0000", CONFIG, queued=False)
         monkeypatch.setattr(keeping, "save_record", full)
         with pytest.raises(OSError, match="no space"):

@@ -21,10 +21,10 @@ from ray_unlearn.merging.resident import Merger
 @pytest.fixture(scope="module")
 def bench(tiny):
     from ray_unlearn.evaluation.spec import EvalSettings
-    from ray_unlearn.training.worker import Bench
+    from ray_unlearn.training.worker import WorkerState
 
     model = copy.deepcopy(tiny.model).requires_grad_(False)
-    return Bench(
+    return WorkerState(
         model=model, tokenizer=tiny.tokenizer, forget=[], retain=[], eval_set=None, eval_settings=EvalSettings()
     )
 
@@ -32,7 +32,7 @@ def bench(tiny):
 @pytest.fixture(scope="module")
 def members(bench):
     """Snapshot files by name: two adapters of unlike rank and targets, and one of full weights."""
-    from ray_unlearn.training.parameters import Tuned
+    from ray_unlearn.training.parameters import TrainableModel
 
     made = {}
     for seed, (name, options) in enumerate(
@@ -44,13 +44,13 @@ def members(bench):
             "lora-d": {"lora_rank": 4, "seed": 5},
         }.items()
     ):
-        tuned = Tuned(bench.model, TrialConfig(**options))
+        tuned = TrainableModel(bench.model, TrialConfig(**options))
         generator = torch.Generator().manual_seed(seed)
         weights = {}
         for key, parameter in tuned.model.named_parameters():
-            if key in tuned.trainable and not (name == "full" and "layers.1.mlp" in key):
+            if key in tuned.names and not (name == "full" and "layers.1.mlp" in key):
                 parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-            if key in tuned.trainable:
+            if key in tuned.names:
                 weights[key] = parameter.detach().float().clone()
         made[name] = tuned.files(weights)
         tuned.release()

@@ -58,7 +58,7 @@ def ray_here():
 def launch(place, ray_here, tmp_path):
     """Starts an executor of given resources; closes it afterwards."""
     from ray_unlearn.cluster.executor import Executor
-    from ray_unlearn.cluster.model_transfer import BenchSpec, ModelSource
+    from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 
     started = []
 
@@ -66,7 +66,7 @@ def launch(place, ray_here, tmp_path):
         dev, questions = load_mmlu(place / "mmlu")
         forget, retain = (loaded.examples for loaded in load_pair(place, place))
         members, nonmembers = (load_documents(place / f"mia_{name}.jsonl") for name in ("member", "nonmember"))
-        spec = BenchSpec(
+        spec = WorkerSpec(
             model=ModelSource.of(str(place / "model"), shared=shared),
             forget=forget,
             retain=retain,

@@ -14,11 +14,19 @@ from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import LOSSES, METHODS, losses_of
 from ray_unlearn.records import Example
-from ray_unlearn.training.dataloader import PASS_TOKENS, REFUSALS, Feed, Row, alike, make_feed, token_logps
+from ray_unlearn.training.dataloader import (
+    PASS_TOKENS,
+    REFUSALS,
+    TrainingRow,
+    TrialData,
+    length_groups,
+    make_trial_data,
+    token_logps,
+)
 from ray_unlearn.training.loop import _train_step
-from ray_unlearn.training.parameters import Tuned
+from ray_unlearn.training.parameters import TrainableModel
 from ray_unlearn.training.schedule import Step
-from ray_unlearn.training.step_loss import Objective
+from ray_unlearn.training.step_loss import TrialLoss
 
 WEIGHTS = {"forget_weight": 0.7, "retain_weight": 1.3, "kl_weight": 2.1, "forget_on": "document"}
 PAD = 1
@@ -43,7 +51,7 @@ def prepare(tiny):
     made = []
 
     def start(config):
-        tuned = Tuned(tiny.model, config)
+        tuned = TrainableModel(tiny.model, config)
         made.append(tuned)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -66,7 +74,7 @@ def some_rows(tiny, split, count, seed, references=True):
         length = rng.randint(4, 9)
         tokens = Encoded(tuple(rng.randrange(size) for _ in range(length)), rng.randint(1, length - 2))
         reference = token_logps(tiny.model, [tokens], PAD)[0] if references else None
-        rows.append(Row(split, tokens, f"Task{number % 2 + 1}", reference))
+        rows.append(TrainingRow(split, tokens, f"Task{number % 2 + 1}", reference))
     return rows
 
 
@@ -176,7 +184,7 @@ def test_step_loss_and_gradient_equal_a_plain_pass_row_by_row(tiny, prepare, met
     config = TrialConfig(method=method, tuning=tuning, lora_rank=2, options=options | rmu_layer(method), **WEIGHTS)
     rows = batch_for(tiny, method)
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD, ["Task1", "Task2"])
+    objective = TrialLoss(config, tuned, PAD, ["Task1", "Task2"])
     found = objective.loss(engine, rows, WHOLE, terms_of(objective, rows))
     found.total.backward()
     gradients = {n: p.grad.clone() for n, p in tuned.model.named_parameters() if p.requires_grad}
@@ -202,13 +210,13 @@ def test_padding_id_and_padding_length_change_nothing(tiny, prepare, method):
     values = []
     for pad in (PAD, 0, len(tiny.tokenizer) - 1):
         torch.manual_seed(0)  # the noise of the second teacher
-        objective = Objective(config, tuned, pad, ["Task1", "Task2"])
+        objective = TrialLoss(config, tuned, pad, ["Task1", "Task2"])
         values.append(objective.loss(engine, rows, WHOLE, terms_of(objective, rows)).total.item())
     assert values[0] == pytest.approx(values[1], rel=1e-6) == pytest.approx(values[2], rel=1e-6)
     pooling = objective.pools
     if METHODS[method].forget == "noise_kl" or pooling:
         return
-    long = Row("retain", Encoded(tuple(range(2, 60)), 3), "Task1", torch.zeros(57))
+    long = TrainingRow("retain", Encoded(tuple(range(2, 60)), 3), "Task1", torch.zeros(57))
     weights = {"forget": 1.0, "retain": 0.0}  # the long row only stretches the batch
     alone = objective.loss(engine, [r for r in rows if r.split != "retain"], weights, objective.terms(True, False))
     beside = objective.loss(engine, [*rows, long], weights, objective.terms(True, True))
@@ -222,7 +230,7 @@ def test_shares_weighted_by_their_rows_average_to_the_whole_batch(tiny, prepare,
     config = TrialConfig(method=method, lora_rank=2, options=rmu_layer(method), **WEIGHTS)
     rows = batch_for(tiny, method, forget, retain)
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD, ["Task1", "Task2"])
+    objective = TrialLoss(config, tuned, PAD, ["Task1", "Task2"])
     terms = terms_of(objective, rows)
     whole = objective.loss(engine, rows, WHOLE, terms)
     by_split = {split: [row for row in rows if row.split == split] for split in ("forget", "alternative", "retain")}
@@ -240,7 +248,7 @@ def test_a_row_that_weighs_nothing_reaches_every_parameter_and_moves_none(tiny, 
     config = TrialConfig(method="npo_kl_ce", lora_rank=2)
     rows = some_rows(tiny, "retain", 1, 3)
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD)
+    objective = TrialLoss(config, tuned, PAD)
     found = objective.loss(engine, rows, {"forget": 0.0, "retain": 0.0}, objective.terms(True, True), collective=True)
     found.total.backward()
     assert found.total.item() == 0
@@ -252,7 +260,7 @@ def test_repair_descends_on_the_retain_terms_and_by_cross_entropy_where_there_ar
     config = TrialConfig(method=method, lora_rank=2, options=rmu_layer(method))
     rows = some_rows(tiny, "retain", 3, 5)
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD, ["Task1", "Task2"])
+    objective = TrialLoss(config, tuned, PAD, ["Task1", "Task2"])
     terms = objective.terms(False, True, repair=True)
     assert [term.loss for term in terms] == list(METHODS[method].retain or ("cross_entropy",))
     found = objective.loss(engine, rows, WHOLE, terms)
@@ -277,7 +285,7 @@ def test_logits_are_formed_where_a_term_asks_for_them_and_nowhere_else(tiny, pre
     config = TrialConfig(method="npo_kl_ce", lora_rank=2, forget_on="answer", kl_on="document")
     rows = batch_for(tiny, "npo_kl_ce")
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD)
+    objective = TrialLoss(config, tuned, PAD)
     formed = head_rows(tuned.model, lambda: objective.loss(engine, rows, WHOLE, terms_of(objective, rows)))
     forget = sum(len(row.tokens.ids) - row.tokens.prompt for row in rows if row.split == "forget")
     retain = sum(len(row.tokens.ids) - 1 for row in rows if row.split == "retain")
@@ -289,11 +297,11 @@ def test_a_term_of_weight_zero_costs_no_pass(tiny, prepare):
     config = TrialConfig(method="undial", lora_rank=2, retain_weight=0.0)
     rows = batch_for(tiny, "undial")
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD)
+    objective = TrialLoss(config, tuned, PAD)
     found = objective.loss(engine, rows, WHOLE, terms_of(objective, rows))
     assert engine.rows == 3 and set(found.shown) == {"loss", "forget"}
     config = TrialConfig(method="npo_kl_ce", lora_rank=2, kl_weight=0.0)
-    objective = Objective(config, tuned, PAD)
+    objective = TrialLoss(config, tuned, PAD)
     formed = head_rows(tuned.model, lambda: objective.loss(engine, rows, WHOLE, terms_of(objective, rows)))
     assert len(formed) == 1
 
@@ -304,7 +312,7 @@ def test_no_rows_go_through_the_trained_model_twice(tiny, prepare, method):
     config = TrialConfig(method=method, lora_rank=2, options=rmu_layer(method))
     rows = batch_for(tiny, method)
     engine, tuned = prepare(config)
-    objective = Objective(config, tuned, PAD, ["Task1", "Task2"])
+    objective = TrialLoss(config, tuned, PAD, ["Task1", "Task2"])
     objective.loss(engine, rows, WHOLE, terms_of(objective, rows))
     assert engine.rows <= len(rows)
 
@@ -315,7 +323,7 @@ def test_all_counts_padding_and_document_does_not(tiny, prepare):
         config = TrialConfig(method="npo_kl_ce", lora_rank=2, kl_on=on)
         rows = batch_for(tiny, "npo_kl_ce")
         engine, tuned = prepare(config)
-        objective = Objective(config, tuned, PAD)
+        objective = TrialLoss(config, tuned, PAD)
 
         def take(o=objective, e=engine, r=rows, on=on):
             values[on] = o.loss(e, r, WHOLE, terms_of(o, r)).shown["kl"]
@@ -339,8 +347,8 @@ def test_each_task_has_its_vector_and_an_adaptive_coefficient_follows_the_hidden
         options={"rmu_layer": 0, "rmu_coefficient": 3.0, "rmu_adaptive": True},
     )
     engine, tuned = prepare(config)
-    assert all("down_proj" in name for name in tuned.trainable) and len(tuned.trainable) == 2
-    objective = Objective(config, tuned, PAD, ["Task1", "Task2"])
+    assert all("down_proj" in name for name in tuned.names) and len(tuned.names) == 2
+    objective = TrialLoss(config, tuned, PAD, ["Task1", "Task2"])
     rows = some_rows(tiny, "forget", 5, 1)
     objective.begin_epoch(engine, rows)
     ours = [row for row in rows if row.task == "Task1"]
@@ -349,7 +357,7 @@ def test_each_task_has_its_vector_and_an_adaptive_coefficient_follows_the_hidden
     assert first.norm().item() == pytest.approx(3.0 * norms.mean().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(first, second, dim=0) < 0.999
     # What is frozen stays frozen once the optimiser is made.
-    assert [n for n, p in tuned.model.named_parameters() if p.requires_grad] == tuned.trainable
+    assert [n for n, p in tuned.model.named_parameters() if p.requires_grad] == tuned.names
 
 
 @pytest.mark.parametrize(
@@ -360,7 +368,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused(tiny, prepare, layer, m
     config = TrialConfig(method="rmu", lora_rank=2, options={"rmu_layer": layer})
     _, tuned = prepare(config)
     with pytest.raises(InputError, match=message):
-        Objective(config, tuned, PAD, ["Task1"])
+        TrialLoss(config, tuned, PAD, ["Task1"])
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -399,8 +407,8 @@ def test_the_reference_pass_is_paid_once_and_is_the_adapter_switched_off(tiny, p
     config = TrialConfig(method="npo_target_kl_ce", lora_rank=2)
     store, bench = Store(), FakeBench(tiny)
     forget, retain = examples(tiny, "forget"), examples(tiny, "retain")
-    feed = make_feed(config, forget, retain, bench, store)
-    make_feed(TrialConfig(method="npo_target_kl_ce", seed=5), forget, retain, bench, store)
+    feed = make_trial_data(config, forget, retain, bench, store)
+    make_trial_data(TrialConfig(method="npo_target_kl_ce", seed=5), forget, retain, bench, store)
     assert len(store.made) == 2  # forget and retain rows, whatever the number of trials
     engine, tuned = prepare(config)
     for (row,) in [*feed.forget, *feed.retain]:
@@ -409,7 +417,7 @@ def test_the_reference_pass_is_paid_once_and_is_the_adapter_switched_off(tiny, p
             logits = model(input_ids=ids).logits[0, :-1]
         torch.testing.assert_close(row.reference, logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0])
     nothing = Store()
-    make_feed(TrialConfig(method="ascent_kl_ce"), forget, retain, bench, nothing)
+    make_trial_data(TrialConfig(method="ascent_kl_ce"), forget, retain, bench, nothing)
     assert nothing.made == []  # full logits of the reference come from the adapter switched off, in the step
 
 
@@ -417,7 +425,7 @@ def test_refusals_are_drawn_by_the_seed_and_end_in_eos(tiny):
     forget, retain, bench = examples(tiny, "forget"), examples(tiny, "retain"), FakeBench(tiny)
     drawn = []
     for seed in (0, 0, 1):
-        feed = make_feed(TrialConfig(method="idk_dpo", seed=seed), forget, retain, bench, Store())
+        feed = make_trial_data(TrialConfig(method="idk_dpo", seed=seed), forget, retain, bench, Store())
         texts = []
         for row, other in feed.forget:
             assert other.split == "alternative" and other.tokens.ids[-1] == tiny.tokenizer.eos_token_id
@@ -431,18 +439,21 @@ def test_refusals_are_drawn_by_the_seed_and_end_in_eos(tiny):
 def test_alternatives_come_with_the_data_or_the_method_is_refused(tiny):
     retain, bench = examples(tiny, "retain"), FakeBench(tiny)
     config = TrialConfig(method="alt_po")
-    feed = make_feed(config, examples(tiny, "forget", alternate="another"), retain, bench, Store())
+    feed = make_trial_data(config, examples(tiny, "forget", alternate="another"), retain, bench, Store())
     (_, other), *_ = feed.forget
     expected = encode(tiny.tokenizer, examples(tiny, "forget")[0].input, "another", eos=True)
     assert other.tokens == expected
     with pytest.raises(InputError, match="column `alternate`: 4 of 4 rows have none"):
-        make_feed(config, examples(tiny, "forget"), retain, bench, Store())
+        make_trial_data(config, examples(tiny, "forget"), retain, bench, Store())
 
 
 def units_of(*lengths):
     """Units of the given rows' lengths; every row's tokens are its unit's number."""
     return [
-        [Row("forget", Encoded(tuple([number] * length), 1)) for length in ([unit] if isinstance(unit, int) else unit)]
+        [
+            TrainingRow("forget", Encoded(tuple([number] * length), 1))
+            for length in ([unit] if isinstance(unit, int) else unit)
+        ]
         for number, unit in enumerate(lengths)
     ]
 
@@ -455,7 +466,7 @@ def cost_of(groups):
 def test_groups_cost_least_of_all_contiguous_groupings_keep_pairs_and_lose_no_row(seed):
     rng = random.Random(seed)
     units = units_of(*(rng.choice([rng.randint(4, 300), (rng.randint(4, 90), rng.randint(4, 90))]) for _ in range(7)))
-    groups = alike(units, together=False)
+    groups = length_groups(units, together=False)
     assert sorted(id(row) for group in groups for row in group) == sorted(id(row) for unit in units for row in unit)
     for unit in units:
         assert sum(unit[0] in group for group in groups) == 1
@@ -471,14 +482,14 @@ def test_groups_cost_least_of_all_contiguous_groupings_keep_pairs_and_lose_no_ro
 
 def test_rows_that_must_stay_together_do_in_their_order_and_no_rows_are_one_empty_group():
     units = units_of(10, (30, 4), 12, 290)
-    assert [[row.tokens.ids[0] for row in group] for group in alike(units, together=True)] == [[0, 1, 1, 2, 3]]
-    assert [row.tokens.ids[0] for row in alike(units, together=False)[-1]] == [3]
-    assert alike([], together=False) == alike([], together=True) == [[]]
+    assert [[row.tokens.ids[0] for row in group] for group in length_groups(units, together=True)] == [[0, 1, 1, 2, 3]]
+    assert [row.tokens.ids[0] for row in length_groups(units, together=False)[-1]] == [3]
+    assert length_groups([], together=False) == length_groups([], together=True) == [[]]
 
 
 def test_a_step_deals_its_rows_to_slots():
-    units = [[Row("forget", Encoded((n, n), 1))] for n in range(6)]
-    feed = Feed(units, units)
+    units = [[TrainingRow("forget", Encoded((n, n), 1))] for n in range(6)]
+    feed = TrialData(units, units)
     step = Step("forget", 0, (0, 1, 2), (4, 5), 1e-3, True)
     assert [[u[0].tokens.ids[0] for u in feed.units(step, slot, 2)] for slot in (0, 1)] == [[0, 2, 4], [1, 5]]
 
@@ -496,7 +507,7 @@ def test_max_length_cuts_rows_and_alternatives_alike(tiny):
     )
     config = TrialConfig(method="alt_po", max_length=limit)
     forget, retain = examples(tiny, "forget", alternate="another " * 90), examples(tiny, "retain")
-    feed = make_feed(config, forget, retain, FakeBench(tiny), Store())
+    feed = make_trial_data(config, forget, retain, FakeBench(tiny), Store())
     assert all(len(row.tokens.ids) <= limit for unit in [*feed.forget, *feed.retain] for row in unit)
     assert all(len(other.tokens.ids) == limit for _, other in feed.forget)
 
@@ -528,7 +539,7 @@ def test_a_steps_parts_are_means_over_all_its_rows_and_its_gradient_is_theirs(ti
     units = [[row] for row in rows if row.split == "forget"]
     for unit, other in zip(units, [row for row in rows if row.split == "alternative"], strict=False):
         unit.append(other)
-    feed = Feed(units, [[row] for row in rows if row.split == "retain"])
+    feed = TrialData(units, [[row] for row in rows if row.split == "retain"])
     step = Step("forget", 1, (0, 1, 2, 3), (0, 1, 2, 3, 4), 1e-3, True)
     seen = []
     for micro_batches in (1, 2, 3):
@@ -536,7 +547,7 @@ def test_a_steps_parts_are_means_over_all_its_rows_and_its_gradient_is_theirs(ti
         _, tuned = prepare(config)
         engine = StepEngine(tuned.model)
         engine.micro_batches = micro_batches
-        objective = Objective(config, tuned, PAD)
+        objective = TrialLoss(config, tuned, PAD)
         objective.update(0, {"retain": 0.05})
         parts, _ = _train_step(engine, objective, step, feed, OneWorker())
         objective.update(step.epoch, parts)
@@ -557,10 +568,10 @@ def test_retain_rows_alone_are_descended_on_in_a_repair_and_not_in_a_mixed_batch
 ):
     config = TrialConfig(method="grad_ascent", schedule="mixed", lora_rank=2)
     _, tuned = prepare(config)
-    engine, feed = StepEngine(tuned.model), Feed([], [[row] for row in some_rows(tiny, "retain", 2, 3)])
+    engine, feed = StepEngine(tuned.model), TrialData([], [[row] for row in some_rows(tiny, "retain", 2, 3)])
     engine.micro_batches = 1
     parts, _ = _train_step(
-        engine, Objective(config, tuned, PAD), Step(phase, 1, (), (0, 1), 1e-3, True), feed, OneWorker()
+        engine, TrialLoss(config, tuned, PAD), Step(phase, 1, (), (0, 1), 1e-3, True), feed, OneWorker()
     )
     moved = any(bool(p.grad.any()) for p in tuned.model.parameters() if p.requires_grad)
     assert moved == descends == (parts["loss"] > 0)

@@ -1,4 +1,4 @@
-"""What a plan feeds when: visits, order, learning rates, fresh optimisers, and where a trial scores itself."""
+"""What a schedule feeds when: visits, order, learning rates, fresh optimisers, and where a trial scores itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from ray_unlearn.config.trial import TrialConfig
-from ray_unlearn.training.schedule import SCHEDULES, Step, plan, snapshot_steps
+from ray_unlearn.training.schedule import SCHEDULES, Step, snapshot_steps, training_steps
 
 
 def random_case(seed, **fixed):
@@ -42,8 +42,8 @@ SEEDS = range(40)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_same_config_gives_the_same_plan_within_bounds(schedule, seed):
     config, forget, retain = random_case(seed, schedule=schedule)
-    steps = plan(config, forget, retain)
-    assert steps == plan(config, forget, retain)
+    steps = training_steps(config, forget, retain)
+    assert steps == training_steps(config, forget, retain)
     assert set(visits(steps, "forget")) == set(range(forget))
     assert set(visits(steps, "retain")) <= set(range(retain))
     low = 0 if schedule == "mixed" else 1  # a mixed batch may hold rows of one kind alone
@@ -57,7 +57,7 @@ def test_the_same_config_gives_the_same_plan_within_bounds(schedule, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_paired_visits_every_forget_row_once_per_epoch_and_retain_rows_evenly(seed):
     config, forget, retain = random_case(seed, schedule="paired")
-    steps = plan(config, forget, retain)
+    steps = training_steps(config, forget, retain)
     order = visits(steps, "forget")
     assert len(order) == forget * config.epochs
     for epoch in range(config.epochs):
@@ -72,7 +72,7 @@ def test_paired_visits_every_forget_row_once_per_epoch_and_retain_rows_evenly(se
 
 
 def test_another_seed_gives_another_order_and_epochs_differ():
-    made = [plan(TrialConfig(seed=seed, epochs=2), 40, 40) for seed in (0, 1)]
+    made = [training_steps(TrialConfig(seed=seed, epochs=2), 40, 40) for seed in (0, 1)]
     assert visits(made[0], "forget") != visits(made[1], "forget")
     assert visits(made[0], "retain") != visits(made[1], "retain")
     order = visits(made[0], "forget")
@@ -82,7 +82,7 @@ def test_another_seed_gives_another_order_and_epochs_differ():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sugd_walks_chunks_in_file_order_with_a_cyclic_retain_pointer(seed):
     config, forget, retain = random_case(seed, schedule="sugd")
-    steps, n, size = plan(config, forget, retain), config.retain_per_forget, config.batch_size
+    steps, n, size = training_steps(config, forget, retain), config.retain_per_forget, config.batch_size
     expected, pointer = [], 0
     for start in range(0, forget, config.chunk_size):
         chunk = list(range(start, min(start + config.chunk_size, forget)))  # the last one may be short
@@ -100,7 +100,7 @@ def test_sugd_walks_chunks_in_file_order_with_a_cyclic_retain_pointer(seed):
 
 def test_sugd_is_the_published_example():
     config = TrialConfig(schedule="sugd", chunk_size=2, retain_per_forget=2, batch_size=1, epochs=2)
-    steps = plan(config, 3, 5)
+    steps = training_steps(config, 3, 5)
     pairs = [(step.forget, step.retain) for step in steps]
     first = [((0,), (0, 1)), ((1,), (2, 3))]
     assert pairs == first + first + [((2,), (4, 0))] * 2
@@ -109,17 +109,17 @@ def test_sugd_is_the_published_example():
 
 def test_sugd_restarts_the_linear_decay_in_every_chunk():
     config = TrialConfig(schedule="sugd", chunk_size=2, batch_size=1, epochs=2, lr_schedule="linear", learning_rate=1.0)
-    rates = [step.learning_rate for step in plan(config, 5, 3)]
+    rates = [step.learning_rate for step in training_steps(config, 5, 3)]
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25, 1, 0.75, 0.5, 0.25, 1, 0.5])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_two_phase_forgets_as_paired_does_and_then_repairs_on_retain_rows_only(seed):
     config, forget, retain = random_case(seed, schedule="two_phase")
-    steps = plan(config, forget, retain)
+    steps = training_steps(config, forget, retain)
     first = [step for step in steps if step.phase == "forget"]
     second = steps[len(first) :]
-    paired = plan(TrialConfig(**{**config.__dict__, "schedule": "paired"}), forget, retain)
+    paired = training_steps(TrialConfig(**{**config.__dict__, "schedule": "paired"}), forget, retain)
     assert first == paired
     assert all(step.phase == "repair" and not step.forget and step.retain for step in second)
     order = visits(second, "retain")
@@ -132,7 +132,7 @@ def test_two_phase_forgets_as_paired_does_and_then_repairs_on_retain_rows_only(s
 @pytest.mark.parametrize("seed", SEEDS)
 def test_mixed_visits_every_row_of_both_kinds_once_per_epoch(seed):
     config, forget, retain = random_case(seed, schedule="mixed")
-    steps = plan(config, forget, retain)
+    steps = training_steps(config, forget, retain)
     for epoch in range(config.epochs):
         mine = [step for step in steps if step.epoch == epoch]
         assert sorted(visits(mine, "forget")) == list(range(forget))
@@ -148,7 +148,7 @@ def test_agad_anneals_after_every_few_chunks_and_at_the_end_on_all(seed, finally
     options = {"schedule": "agad", "anneal_every": every, "anneal_fraction": 0.5, "anneal_finally": finally_}
     config, forget, retain = random_case(seed, **options)
     phases = []
-    for step in plan(config, forget, retain):
+    for step in training_steps(config, forget, retain):
         if step.fresh_optimizer:
             phases.append((step.phase, []))
         phases[-1][1].append(step)
@@ -170,13 +170,13 @@ def test_agad_anneals_after_every_few_chunks_and_at_the_end_on_all(seed, finally
 
 def test_repair_scale_multiplies_the_repair_rate_only():
     config = TrialConfig(schedule="two_phase", learning_rate=0.01, repair_scale=0.1, repair_epochs=1)
-    rates = {step.phase: step.learning_rate for step in plan(config, 9, 9)}
+    rates = {step.phase: step.learning_rate for step in training_steps(config, 9, 9)}
     assert rates == {"forget": pytest.approx(0.01), "repair": pytest.approx(0.001)}
 
 
 def test_two_phase_without_repair_epochs_is_the_paired_plan():
     config = TrialConfig(schedule="two_phase", repair_epochs=0)
-    assert plan(config, 5, 4) == plan(TrialConfig(schedule="paired"), 5, 4)
+    assert training_steps(config, 5, 4) == training_steps(TrialConfig(schedule="paired"), 5, 4)
 
 
 @pytest.mark.parametrize(
@@ -189,13 +189,13 @@ def test_two_phase_without_repair_epochs_is_the_paired_plan():
 )
 def test_warm_up_rises_to_the_peak_and_the_decay_follows(lr_schedule, after):
     config = TrialConfig(epochs=8, batch_size=8, learning_rate=1.0, warmup=0.25, lr_schedule=lr_schedule)
-    rates = [step.learning_rate for step in plan(config, 8, 8)]
+    rates = [step.learning_rate for step in training_steps(config, 8, 8)]
     assert rates == pytest.approx([0.5, 1.0, *after])
 
 
 def test_without_warm_up_linear_decay_is_that_of_a_trainer():
     config = TrialConfig(epochs=4, batch_size=8, learning_rate=1.0, lr_schedule="linear")
-    assert [step.learning_rate for step in plan(config, 8, 8)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [step.learning_rate for step in training_steps(config, 8, 8)] == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
 # -- where a trial scores itself -------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from small import sampled
 
 from ray_unlearn.config.recipes import recipes
 from ray_unlearn.config.trial import TrialConfig
@@ -13,20 +14,6 @@ from ray_unlearn.losses import METHODS, OPTIONS, parameters_of
 from ray_unlearn.search.spaces import NEEDS_MORE_DATA, find_space, known_spaces, load_space, trial_config
 
 FIELDS = [field.name for field in dataclasses.fields(TrialConfig)]
-
-
-def sampled(space, count=50, seed=0):
-    """(parameters asked for, config returned) of `count` random trials of a study in memory."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    made = []
-    for _ in range(count):
-        trial = study.ask()
-        returned = space(trial)
-        made.append((trial.params, returned))
-    return made
 
 
 CONDITIONAL = {

@@ -6,8 +6,8 @@ import pytest
 
 from ray_unlearn.config.recipes import UNVERIFIED, Geometry, recipe, recipes, scaled
 from ray_unlearn.errors import InputError
-from ray_unlearn.training.parameters import check_tuning
-from ray_unlearn.training.schedule import plan
+from ray_unlearn.training.parameters import check_trainable
+from ray_unlearn.training.schedule import training_steps
 
 SMALL = Geometry(layers=4, hidden=128, rows=176)
 
@@ -22,7 +22,7 @@ def test_every_recipe_is_a_trial_that_can_be_planned_and_every_value_has_a_sourc
         with pytest.raises(InputError, match="is a merge of"):
             made.trial()
     else:
-        assert plan(made.trial(), 3, 4)
+        assert training_steps(made.trial(), 3, 4)
 
 
 def test_the_published_systems_are_all_there():
@@ -44,7 +44,7 @@ def test_scaled_recipes_fit_the_smaller_model_and_say_what_changed(name):
     from ray_unlearn.schema import from_dict
 
     config, changed = scaled(recipe(name).config, recipe(name).model, SMALL)
-    check_tuning(make_model(EmbeddedSettings(), 300), from_dict(TrialConfig, config, name))
+    check_trainable(make_model(EmbeddedSettings(), 300), from_dict(TrialConfig, config, name))
     differing = [key for key in config if config[key] != recipe(name).config[key]]
     assert [line.split(":")[0] for line in changed] == differing and "learning_rate" in differing
 
@@ -70,4 +70,4 @@ def test_scaling_keeps_relative_depth_width_times_rate_and_steps_of_an_epoch():
 )
 def test_a_recipe_for_layers_that_the_model_lacks_is_refused(tiny, name, message):
     with pytest.raises(InputError, match=message):
-        check_tuning(tiny.model, recipe(name).trial())
+        check_trainable(tiny.model, recipe(name).trial())

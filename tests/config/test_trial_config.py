@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_spaces import sampled
+from small import sampled
 
 from ray_unlearn.config.job import Job, apply_override, differences, load_job
 from ray_unlearn.config.trial import TrialConfig
