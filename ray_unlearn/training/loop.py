@@ -151,6 +151,6 @@ def _snapshot(
         scores=dataclasses.asdict(scores),
         files=files,
         seconds=monitor.elapsed(),
-        monitor=monitor.drain(),
+        course=monitor.drain(),
     )
     return scores
