@@ -6,13 +6,11 @@ import json
 import random
 
 import pytest
-import torch
 
 from ray_unlearn import files
 from ray_unlearn.data import rows as data
-from ray_unlearn.data.questions import load_mmlu
 from ray_unlearn.data.rows import check_cells, find_file, limit_documents, load_documents, load_pair
-from ray_unlearn.data.tokens import Encoded, by_length, collate, cut, document_of, encode
+from ray_unlearn.data.tokens import by_length
 from ray_unlearn.errors import InputError
 from ray_unlearn.records import Example
 
@@ -249,162 +247,5 @@ def test_by_length_covers_every_index_once_in_groups_of_rising_length(seed):
 
 # -- tokens ----------------------------------------------------------------------------------------
 
-TEXTS = [
-    ("In Kanobe, Mira met", "Tosu at the river."),
-    ("In Kanobe, Mira met ", "Tosu at the river."),
-    ("In Kanobe, Mira met", " Tosu"),
-    ("a", "b"),
-    ("Née 42", "ça 7-8"),
-    ("ends in newline\n", "x"),
-    ("tab\t", "x"),
-    ("wide\u3000", "\u3000x"),
-]
-
-
-@pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize(("input", "output"), TEXTS)
-def test_the_prompts_tokens_are_those_of_the_prompt_alone_and_the_text_is_whole(tiny, input, output, eos):
-    tokenizer = tiny.tokenizer
-    encoded = encode(tokenizer, input, output, eos)
-    assert list(encoded.ids[: encoded.prompt]) == tokenizer(input)["input_ids"]
-    assert len(encoded.ids) > encoded.prompt
-    body = encoded.ids[:-1] if eos else encoded.ids
-    assert tokenizer.decode(body, clean_up_tokenization_spaces=False) == document_of(input, output)
-    assert (encoded.ids[-1] == tokenizer.eos_token_id) is eos
-    assert encoded.ids.count(tokenizer.eos_token_id) == eos
-
-
-def test_every_benchmark_row_is_tokenised_as_generation_and_as_one_text(tiny):
-    for given in [*tiny.data.forget, *tiny.data.retain]:
-        encoded = encode(tiny.tokenizer, given["input"], given["output"])
-        assert list(encoded.ids[: encoded.prompt]) == tiny.tokenizer(given["input"])["input_ids"]
-        assert list(encoded.ids) == tiny.tokenizer(f"{given['input']} {given['output']}")["input_ids"]
-
-
-def test_where_a_token_spans_the_seam_prompt_and_answer_are_tokenised_apart():
-    class Merging:
-        """One token for each letter, but `  ` is one token."""
-
-        eos_token_id = 0
-
-        def __call__(self, text, add_special_tokens=True):
-            start = [1] if add_special_tokens else []
-            return {"input_ids": start + [ord(c) for c in text.replace("  ", "_")]}
-
-    seam = encode(Merging(), "a ", " b", eos=True)
-    assert seam == Encoded((1, ord("a"), ord(" "), ord(" "), ord("b"), 0), 3)
-    assert encode(Merging(), "a", "b") == Encoded((1, ord("a"), ord(" "), ord("b")), 2)
-
-    class Clinging(Merging):
-        """A letter and the space after it are one token, so the joining space itself spans the seam."""
-
-        def __call__(self, text, add_special_tokens=True):
-            return super().__call__(text.replace("a b", "@b"), add_special_tokens)
-
-    assert encode(Clinging(), "a", "b") == Encoded((1, ord("a"), ord(" "), ord("b")), 2)
-
-
-def test_eos_without_an_eos_token_is_refused():
-    class Endless:
-        eos_token_id = None
-
-        def __call__(self, text, **options):
-            return {"input_ids": [ord(c) for c in text]}
-
-    with pytest.raises(InputError, match="no EOS token"):
-        encode(Endless(), "a", "b", eos=True)
-
-
-@pytest.mark.parametrize(
-    ("input", "output", "joined"),
-    [("a", "b", "a b"), ("a ", "b", "a b"), ("a", " b", "a b"), ("a\n", "b", "a\nb"), ("a ", " b", "a  b")],
-)
-def test_prompt_and_answer_are_joined_by_one_space_only_where_none_stands(input, output, joined):
-    assert document_of(input, output) == joined
-
-
-def test_cut_keeps_the_first_tokens_and_at_least_one_of_the_answer():
-    encoded = Encoded((1, 2, 3, 4, 5), 3)
-    assert cut(encoded, None) == cut(encoded, 5) == cut(encoded, 99) == encoded
-    assert cut(encoded, 4) == Encoded((1, 2, 3, 4), 3)
-    with pytest.raises(InputError, match="prompt alone has 3 tokens, and the limit is 3"):
-        cut(encoded, 3)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_collated_masks_say_which_next_tokens_count(seed):
-    rng, pad = random.Random(seed), 3
-    rows = []
-    for _ in range(rng.randint(1, 5)):
-        length = rng.randint(2, 9)
-        rows.append(Encoded(tuple(rng.randrange(5) for _ in range(length)), rng.randint(1, length - 1)))
-    batch = collate(rows, pad)
-    width = max(len(encoded.ids) for encoded in rows)
-    assert batch.ids.shape == batch.attention.shape == (len(rows), width)
-    assert batch.answer.shape == batch.document.shape == (len(rows), width - 1)
-    for b, encoded in enumerate(rows):
-        n = len(encoded.ids)
-        assert batch.ids[b].tolist() == [*encoded.ids, *[pad] * (width - n)]
-        # A real token that equals the padding id is a token all the same.
-        assert batch.attention[b].tolist() == [1] * n + [0] * (width - n)
-        assert batch.document[b].tolist() == [t + 1 < n for t in range(width - 1)]
-        assert batch.answer[b].tolist() == [encoded.prompt <= t + 1 < n for t in range(width - 1)]
-    assert batch.mask("answer") is batch.answer and batch.mask("document") is batch.document
-    assert batch.answer.dtype == batch.document.dtype == torch.bool
-
-
-def test_the_answer_mask_of_an_encoded_row_covers_the_answer_and_its_end(tiny):
-    encoded = encode(tiny.tokenizer, "Who came?", "Mira of Kanobe", eos=True)
-    batch = collate([encoded, Encoded((5,) * 40, 1)], tiny.tokenizer.pad_token_id)
-    masked = batch.ids[0, 1:][batch.answer[0]].tolist()
-    assert tiny.tokenizer.decode(masked[:-1]) == " Mira of Kanobe" and masked[-1] == tiny.tokenizer.eos_token_id
-
 
 # -- MMLU ------------------------------------------------------------------------------------------
-
-
-def write_mmlu(root, **files):
-    for name, text in files.items():
-        folder = root / name.rsplit("_", 1)[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
-    return root
-
-
-def test_mmlu_folders_are_read_by_subject(tmp_path):
-    write_mmlu(
-        tmp_path,
-        world_history_dev='"Who, then?",a,b,c,d,A\n',
-        world_history_test='"Two\nlines?",1,"2,5",3,4, C \nQ2?,w,x,y,z,D\n',
-        art_dev="",
-        art_test="Née?,k,l,m,n,B\n",
-    )
-    dev, test = load_mmlu(tmp_path)
-    assert set(dev) == {"art", "world_history"} and dev["art"] == []
-    assert dev["world_history"][0].question == "Who, then?" and dev["world_history"][0].answer == 0
-    assert [(q.subject, q.question, q.answer) for q in test] == [
-        ("art", "Née?", 1),
-        ("world_history", "Two\nlines?", 2),
-        ("world_history", "Q2?", 3),
-    ]
-    assert test[1].options == ("1", "2,5", "3", "4")
-
-
-@pytest.mark.parametrize(
-    "line", ["Q?,a,b,c,A", "Q?,a,b,c,d,e,A", "Q?,a,b,c,d,E", "Q?,a,b,c,d,", "Q?,a,b,c,d,a", "Q?,a,b,c,d,AB", "Q?"]
-)
-def test_an_mmlu_row_of_other_columns_or_letters_is_refused_with_its_row(tmp_path, line):
-    write_mmlu(tmp_path, art_dev="", art_test=f"Q1?,a,b,c,d,A\n{line}\n")
-    with pytest.raises(InputError, match=r"art_test\.csv:2: expected question, A, B, C, D, letter"):
-        load_mmlu(tmp_path)
-
-
-def test_mmlu_folders_with_missing_parts_are_refused(tmp_path):
-    with pytest.raises(InputError, match="must hold test/SUBJECT_test.csv"):
-        load_mmlu(tmp_path / "absent")
-    (tmp_path / "test").mkdir()
-    with pytest.raises(InputError, match="holds no SUBJECT_test.csv"):
-        load_mmlu(tmp_path)
-    write_mmlu(tmp_path, art_test="Q?,a,b,c,d,A\n")
-    with pytest.raises(InputError, match=r"has no dev file: .*art_dev\.csv is missing"):
-        load_mmlu(tmp_path)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
 import pytest
 import torch
 
-from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MERGES, MergeRecipe
-from ray_unlearn.merging.factors import Factors, concatenated, shared_start, ties_factors, truncated
-from ray_unlearn.merging.recipe import at_depth, depth_of
 from ray_unlearn.merging.sparsify import (
     Cut,
     apply_cut,
@@ -345,112 +341,7 @@ def test_a_density_that_keeps_nothing_keeps_the_largest_entry_and_says_so(name, 
 # -- numbers over depth ----------------------------------------------------------------------------
 
 
-def test_gradients_are_interpolated_over_the_layers_and_start_outside_of_them():
-    assert [at_depth([0.0, 1.0, 3.0], depth) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 2.0, 3.0]
-    assert at_depth(0.3, 0.7) == 0.3 and at_depth([0.4], 0.7) == 0.4
-    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.3.x", "lm_head.weight"]
-    assert [depth_of(name, 4) for name in names] == [0.0, 0.0, 1.0, 0.0]
-    assert depth_of("model.layers.2.mlp.experts.7.w1.weight", 5) == 0.5 and depth_of("h.0.x", 1) == 1.0
-
-
-def test_each_number_may_be_a_gradient():
-    deltas = [torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])]
-    recipe = MergeRecipe(
-        method="task_arithmetic",
-        members=["a", "b"],
-        weights=[[0.0, 1.0], 1.0],
-        densities=[1.0, 1.0],
-        lambda_=[1.0, 3.0],
-    )
-    assert recipe.combine(deltas, tensor="layers.0.w", layers=3).equal(deltas[1])
-    assert recipe.combine(deltas, tensor="layers.2.w", layers=3).equal(3 * (deltas[0] + deltas[1]))
-    assert recipe.combine(deltas, tensor="layers.1.w", layers=3).equal(2 * (0.5 * deltas[0] + deltas[1]))
-    thin = MergeRecipe(members=["a"], weights=[1.0], densities=[[1.0, 0.5]])
-    assert thin.combine(deltas[:1], tensor="layers.1.w", layers=2).tolist() == [0.0, -2.0]
-
-
 # -- factors ---------------------------------------------------------------------------------------
 
 
-def test_adapters_of_one_start_are_told_from_adapters_of_two():
-    start, other = ([torch.randn(4, 30, generator=generator(seed + i)) for i in range(3)] for seed in (0, 50))
-    moved = [a + 0.1 * torch.randn(4, 30, generator=generator(99)) for a in start]
-    assert shared_start(start, moved) > 0.9 and abs(shared_start(start, other)) < 0.3
-    assert shared_start(start, [torch.randn(2, 30)] * 3) == 0.0
-
-
-def test_ties_on_factors_needs_one_rank_and_is_not_ties_on_deltas():
-    made = [Factors(torch.randn(6, r, generator=generator(r)), torch.randn(r, 5), 2.0) for r in (2, 3)]
-    with pytest.raises(InputError, match=r"one rank, got ranks \[2, 3\]"):
-        ties_factors(made, [1.0, 1.0], [1.0, 1.0])
-    one = made[0]
-    turned = Factors(-one.b, -one.a, one.scaling)  # the same delta
-    same = ties_factors([one, one], [1.0, 1.0], [1.0, 1.0]).dense()
-    torch.testing.assert_close(same, one.dense())
-    assert not torch.allclose(ties_factors([one, turned], [1.0, 1.0], [1.0, 1.0]).dense(), same)
-
-
-def test_a_sum_of_adapters_is_an_adapter_and_singular_values_cut_the_rest():
-    made = [Factors(torch.randn(8, r, generator=generator(r)), torch.randn(r, 7), 0.5 * r) for r in (2, 3)]
-    summed = 0.7 * (0.2 * made[0].dense() - 1.5 * made[1].dense())
-    torch.testing.assert_close(concatenated(made, [0.2, -1.5], 0.7, False).dense(), summed, rtol=1e-5, atol=1e-5)
-    whole, lost = truncated(summed, 5)
-    torch.testing.assert_close(whole.dense(), summed, rtol=1e-4, atol=1e-4)
-    assert lost < 1e-8
-    cut, lost = truncated(summed, 2)
-    assert math.isclose(lost, float((summed - cut.dense()).square().sum()), rel_tol=1e-3)
-
-
 # -- recipes ---------------------------------------------------------------------------------------
-
-
-def test_recipes_survive_their_file_and_old_ones_still_load():
-    inner = MergeRecipe(members=["a", "b"], weights=[1.0, 1.0], densities=[0.8, 0.8])
-    recipe = MergeRecipe(
-        method="della",
-        members=["merge-0001", "c"],
-        weights=[[0.2, 1.0], 1.0],
-        densities=[0.5, 0.5],
-        lambda_=[1.0, 0.5],
-        epsilon=0.1,
-        normalize=False,
-        seed=3,
-        merges={"merge-0001": inner},
-    )
-    assert MergeRecipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert recipe.leaves() == ["a", "b", "c"]
-    old = {"method": "ties", "members": ["a"], "weights": [1.0], "densities": [0.5], "lambda": 0.9, "member_trials": {}}
-    assert MergeRecipe.from_json(old).lambda_ == 0.9
-    assert set(inner.to_json()) == {"method", "members", "weights", "densities", "lambda"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "tie"}, "unknown merge method 'tie'.*Did you mean 'ties'"),
-        ({"members": [], "weights": [], "densities": []}, "at least one member"),
-        ({"weights": [1.0]}, r"2 members needs 2 weights, got 1: \[1.0\]"),
-        ({"densities": [1.0] * 3}, "2 members needs 2 densities, got 3"),
-        ({"densities": [1.0, 0.0]}, "above 0 and at most 1, got 0.0"),
-        ({"densities": [1.5, 1.0]}, "above 0 and at most 1, got 1.5"),
-        ({"densities": [float("nan"), 1.0]}, "above 0 and at most 1, got nan"),
-        ({"weights": [0.0, 0.0]}, "ties merge must sum to more than 0"),
-        ({"weights": [1.0, -1.0], "method": "linear"}, "linear merge must sum to more than 0"),
-        ({"weights": [[1.0, -3.0], 1.0]}, "ties merge must sum to more than 0"),
-        ({"weights": [[], 1.0]}, "at least one anchor"),
-        ({"weights": [float("inf"), 1.0]}, "must be finite"),
-        ({"weights": [3.0, -1.0], "method": "slerp"}, "slerp merge must be at least 0"),
-        ({"weights": [1.0] * 3, "densities": [1.0] * 3, "members": ["a", "b", "c"], "method": "slerp"}, "exactly 2"),
-        (
-            {"weights": [1.0], "densities": [1.0], "members": ["a"], "method": "model_stock"},
-            "at least 2 members, got 1",
-        ),
-        ({"weights": [1.0, 2.0], "method": "model_stock"}, "uses no weights"),
-        ({"densities": [0.9, 0.5], "method": "della"}, "density . epsilon below 1, got density 0.9"),
-        ({"gamma": 1.0, "method": "breadcrumbs"}, "gamma must be at least 0 and below 1"),
-    ],
-)
-def test_recipes_that_cannot_be_merged_are_refused(changes, message):
-    good = {"members": ["a", "b"], "weights": [1.0, 1.0], "densities": [1.0, 1.0]}
-    with pytest.raises(InputError, match=message):
-        MergeRecipe(**{**good, **changes})
