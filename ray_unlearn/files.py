@@ -101,9 +101,25 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_json(path: Path, mend: str = "Restore it, or move it away.") -> dict[str, Any] | None:
+    """A JSON file's object, or None where there is no such file.
+
+    Raises InputError, naming the file and how to `mend` it, for one that holds anything else; NaN is no number.
+    """
+
+    def refused(constant: str) -> object:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        what = str(error) if path.stat().st_size else "it is empty"
+        raise InputError(f"{path} is not readable JSON: {what}. {mend}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, got {value!r:.60}. {mend}")
+    return value
 
 
 def weights_digest(path: str) -> str | None:

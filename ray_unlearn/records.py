@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.files import write_json
+from ray_unlearn.errors import InputError
+from ray_unlearn.files import read_json, write_json
+from ray_unlearn.schema import from_dict, one_of, require
+
+FORMAT = 1
+"""Of records and job.yaml, as their `format`; files without one are of format 1. A further key has a default and needs
+no new number; what changes the meaning of a key does."""
+RECORD_NAME = re.compile(r"(trial|merge)-\d{4,}")
+STATUSES = {"trial": ("finished", "stopped", "failed"), "merge": ("finished", "failed")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +141,7 @@ class Candidate:
 
 def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
     """Writes records/<id>.json. The file's existence means the trial or merge has ended."""
-    data = dataclasses.asdict(record)
+    data = {"format": FORMAT, **dataclasses.asdict(record)}
     for snapshot in data.get("snapshots", ()):
         snapshot["scores"] = _without_absent(snapshot["scores"])
     if data.get("scores"):
@@ -144,21 +152,45 @@ def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:
 
 
 def load_records(run_dir: Path) -> tuple[list[TrialRecord], list[MergeRecord]]:
-    """All trials and merges of a run, in order of their ids."""
+    """All trials and merges of a run, in order of their ids. Raises InputError for a file that is no record."""
     trials: list[TrialRecord] = []
     merges: list[MergeRecord] = []
-    for path in sorted((run_dir / "records").glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if path.name.startswith("merge-"):
-            scores = data.pop("scores", None)
-            merges.append(MergeRecord(**data, scores=Scores.from_json(scores) if scores else None))
-        elif path.name.startswith("trial-"):
-            snapshots = tuple(
-                Snapshot(**{**snapshot, "scores": Scores.from_json(snapshot["scores"])})
-                for snapshot in data.pop("snapshots")
-            )
-            trials.append(TrialRecord(**{**data, "course": tuple(data["course"])}, snapshots=snapshots))
+    for path in sorted((run_dir / "records").glob("[!.]*.json")):
+        record = load_record(path)
+        if isinstance(record, TrialRecord):
+            trials.append(record)
+        else:
+            merges.append(record)
     return trials, merges
+
+
+def load_record(path: Path) -> TrialRecord | MergeRecord:
+    """One record. Raises InputError, naming the file, for one that is damaged, not a record, or of a newer format."""
+    mend = "Restore it, or move it away to go on without it."
+    data = read_json(path, mend) or {}
+    try:
+        name = RECORD_NAME.fullmatch(path.stem)
+        require(name is not None, f"its name is not that of a trial or a merge, like trial-0000{path.suffix}.")
+        assert name is not None
+        check_format(data.pop("format", 1))
+        require(data.get("id") == path.stem, f"its id is {data.get('id')!r}.")
+        record: TrialRecord | MergeRecord
+        if name[1] == "trial":
+            record = from_dict(TrialRecord, data, "the record")
+        else:
+            record = from_dict(MergeRecord, data, "the record")
+        one_of("status", record.status, STATUSES[name[1]])
+    except InputError as error:
+        raise InputError(f"{path} is not a record of this run: {error} {mend}") from None
+    return record
+
+
+def check_format(number: object) -> None:
+    """Refuses a file's format number that this version does not know."""
+    require(
+        isinstance(number, int) and 1 <= number <= FORMAT,
+        f"its format is {number!r}, and this version reads up to {FORMAT}; use the version that wrote it.",
+    )
 
 
 def candidates(trials: list[TrialRecord], merges: list[MergeRecord]) -> list[Candidate]:

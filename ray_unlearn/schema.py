@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -24,7 +25,7 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
     if not isinstance(data, dict):
         raise InputError(f"{where or cls.__name__} must be a mapping of keys to values, got {data!r}.")
     data = getattr(cls, "gathered", dict)(data)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class hashes
     known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
@@ -34,6 +35,11 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
         return cls(**values)
     except TypeError as error:  # a required key is missing
         raise InputError(f"{where or cls.__name__}: {error}.") from error
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # slow, and asked again for each of a run's snapshots
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "protocols"},
     {"progress", "pareto", "schema", "files"},
     {"records", "plugins"},
-    {"losses", "metrics", "data"},
+    {"losses", "metrics", "data", "run_files"},
     {"models"},
     {"evaluation", "merging"},
     {"config", "attacks"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,13 +16,23 @@ import yaml
 
 from ray_unlearn.config.job import Job, differences
 from ray_unlearn.errors import InputError
-from ray_unlearn.files import git_commit, read_json, versions, write_json, write_text
+from ray_unlearn.files import git_commit, versions, write_json, write_text
 from ray_unlearn.pipeline.inputs import Inputs
 from ray_unlearn.progress import Progress
-from ray_unlearn.records import Scores, load_records
-from ray_unlearn.schema import to_dict
+from ray_unlearn.records import FORMAT, Scores, load_records
+from ray_unlearn.run_files import (
+    RESTORE_JOB,
+    check_files,
+    read_about,
+    read_baseline,
+    read_final,
+    read_front,
+    read_seconds,
+)
+from ray_unlearn.schema import from_dict, to_dict
 
 DISK_MARGIN = 1.2
+LEFT_BY_KILLED_WRITES = (".*.tmp", ".merge-*", ".best.*.old", "records/.*.tmp", "snapshots/*/.*.tmp", "best/.*.tmp")
 
 
 @dataclass(kw_only=True)
@@ -47,27 +57,53 @@ class Run:
         return self.job.selection.utility_floor * (self.baseline.utility or 0.0)
 
 
-def claim(out: Path, job: Job) -> None:
-    """Makes the directory, or checks that the run in it is of the same job."""
+def make_directory(out: Path) -> None:
+    """Makes the run's directory; raises InputError where it cannot be written."""
     try:
         (out / "records").mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise InputError(
             f"the run's directory {out} cannot be written: {error.strerror}. Give another with --out."
         ) from error
-    path = out / "job.yaml"
-    if path.exists():
-        stated = yaml.safe_load(path.read_text())["job"]
-        differ = differences(stated, to_dict(job))
-        if differ:
+
+
+def claim(out: Path, job: Job) -> None:
+    """Checks that a run in the directory is of the same job and that its files can be read; removes what a killed
+    write left. Raises InputError for another job and for a damaged file."""
+    about = read_about(out)
+    check_files(out)
+    if about is None:
+        if any(load_records(out)):
             raise InputError(
-                f"{out} holds a run of another job; these keys differ:\n  "
-                + "\n  ".join(differ)
-                + "\nGive another --out, or the same job to resume."
+                f"{out} holds records and no job.yaml, so whose they are is not known: restore job.yaml, or give "
+                "another --out."
             )
+        return
+    if not isinstance(about.get("run_id"), str):
+        raise InputError(f"{out / 'job.yaml'} has no run_id. {RESTORE_JOB}")
+    differ = differences(_stored_job(out, about), to_dict(job))
+    if differ:
+        raise InputError(
+            f"{out} holds a run of another job; these keys differ:\n  "
+            + "\n  ".join(differ)
+            + "\nGive another --out, or the same job to resume."
+        )
+    for pattern in LEFT_BY_KILLED_WRITES:
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _stored_job(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The job of job.yaml with this version's defaults for keys that it did not know yet."""
+    try:
+        return to_dict(from_dict(Job, about["job"], "job"))
+    except InputError as error:
+        raise InputError(
+            f"{out / 'job.yaml'} holds a job that this version does not take: {error} It is of ray-unlearn "
+            f"{(about.get('versions') or {}).get('ray-unlearn', 'unknown')}; go on with that, or give another --out."
+        ) from None
 
 
 def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> str:
@@ -75,17 +111,19 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
 
     On a resumed run it is only read; changed data are refused.
     """
-    path = out / "job.yaml"
-    if path.exists():
-        before = yaml.safe_load(path.read_text())
-        changed = [name for name, value in inputs.digests.items() if before["data_digests"].get(name) != value]
+    before = read_about(out)
+    if before is not None:
+        stated = before.get("data_digests") or {}
+        changed = [name for name, value in inputs.digests.items() if stated.get(name) != value]
         if changed:
             raise InputError(
                 f"the data of {out} have changed since it was begun: {', '.join(changed)}. Give another --out."
             )
         return str(before["run_id"])
+    identity = uuid.uuid4().hex[:12]
     stated = {
-        "run_id": uuid.uuid4().hex[:12],
+        "format": FORMAT,
+        "run_id": identity,
         "job": to_dict(job),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -93,8 +131,8 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
         "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain), "dropped": inputs.dropped},
         "search_spaces": space_texts,
     }
-    write_text(path, yaml.safe_dump(stated, sort_keys=False, allow_unicode=True))
-    return str(stated["run_id"])
+    write_text(out / "job.yaml", yaml.safe_dump(stated, sort_keys=False, allow_unicode=True))
+    return identity
 
 
 def check_trials(out: Path, job: Job, model_path: str, configs: list[Any]) -> None:
@@ -128,17 +166,13 @@ def stage(out: Path, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path = out / "seconds.json"
-        seconds = json.loads(path.read_text()) if path.exists() else {}
+        seconds = read_seconds(out)
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
-        write_json(path, seconds)
+        write_json(out / "seconds.json", seconds)
 
 
-def clean_up(out: Path) -> None:
-    """Removes what a killed write left beside its output, and snapshots that no record names."""
-    for pattern in (".merge-*", ".best.*.tmp", ".best.*.old", "*/.*.tmp"):
-        for path in out.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_unrecorded(out: Path) -> None:
+    """Removes snapshots that no record names."""
     named = {record.id for record in load_records(out)[0] if record.status != "failed"}
     for folder in (out / "snapshots").glob("trial-*"):
         if folder.name not in named:
@@ -148,20 +182,19 @@ def clean_up(out: Path) -> None:
 def write_summary(out: Path) -> dict[str, Any]:
     """summary.json from the run's files; computes nothing but counts."""
     trials, merges = load_records(out)
-    front = read_json(out / "front.json")
-    final = read_json(out / "final.json") or {}
-    summary = {
-        "target": final.get("target") or read_json(out / "baseline.json"),
+    front, final, baseline = read_front(out), read_final(out) or {}, read_baseline(out)
+    # Contract: finished, pruned and failed; a trial that its own guard stopped is what Optuna's users call pruned.
+    statuses = {"finished": "finished", "stopped": "pruned", "failed": "failed"}
+    summary: dict[str, Any] = {
+        "target": final.get("target") or (baseline and baseline.to_json()),
         "best": final.get("best"),
         "choice": final.get("choice"),
         "front_size": len(front["members"]) if front else 0,
         "hypervolume": front["hypervolume"] if front else 0.0,
-        "trials": {status: sum(t.status == status for t in trials) for status in ("finished", "stopped", "failed")},
+        "trials": {shown: sum(t.status == status for t in trials) for status, shown in statuses.items()},
         "merges": {status: sum(m.status == status for m in merges) for status in ("finished", "failed")},
-        "seconds": read_json(out / "seconds.json"),
+        "seconds": read_seconds(out),
     }
-    # Contract: finished, pruned and failed; a trial that its own guard stopped is what Optuna's users call pruned.
-    summary["trials"]["pruned"] = summary["trials"].pop("stopped")
     summary = {key: value for key, value in summary.items() if value is not None}
     write_json(out / "summary.json", summary)
     return summary

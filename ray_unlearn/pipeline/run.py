@@ -9,8 +9,9 @@ from typing import Any
 from ray_unlearn.cluster.session import check_storage, cluster
 from ray_unlearn.config.job import Job, load_job
 from ray_unlearn.models.loading import check_model
-from ray_unlearn.pipeline.directory import Run, check_trials, claim, stage, write_job, write_summary
+from ray_unlearn.pipeline.directory import Run, check_trials, claim, make_directory, stage, write_job, write_summary
 from ray_unlearn.pipeline.inputs import Inputs, load_inputs
+from ray_unlearn.pipeline.lock import owned
 from ray_unlearn.pipeline.target import job_target
 from ray_unlearn.progress import Progress
 from ray_unlearn.records import Scores
@@ -38,13 +39,20 @@ def run(
 ) -> RunResult:
     """Runs or resumes a job: a Job, a YAML file or plain values; `out` is runs/NAME unless given.
 
-    Raises InputError for bad input or another job's directory, RuntimeError when nothing is feasible.
+    Raises InputError for bad input, another job's directory or one that another process works in, RuntimeError when
+    nothing is feasible.
     """
-    from ray_unlearn.search.study import check_space
-
     progress = progress or Progress(quiet=True)
     job, out = _resolve(job, out)
-    claim(out, job)
+    make_directory(out)
+    with owned(out, progress.line):
+        claim(out, job)
+        return _run(job, out, address, progress)
+
+
+def _run(job: Job, out: Path, address: str | None, progress: Progress) -> RunResult:
+    from ray_unlearn.search.study import check_space
+
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
     configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     inputs, model_path, reference_path = _inputs_and_target(job, out, progress)

@@ -10,13 +10,14 @@ from ray_unlearn.cluster.evaluators import score_models
 from ray_unlearn.cluster.executor import Executor
 from ray_unlearn.cluster.merge_actor import MergePool
 from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
-from ray_unlearn.files import read_json, versions, write_json
+from ray_unlearn.files import versions, write_json
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.pipeline import selection
-from ray_unlearn.pipeline.directory import Run, clean_up
+from ray_unlearn.pipeline.directory import Run, remove_unrecorded
 from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load_records, save_record
+from ray_unlearn.run_files import read_baseline, read_final
 from ray_unlearn.search.merge_space import Growth, MergeSpace
 from ray_unlearn.search.merges import recover_merges, search_merges
 from ray_unlearn.search.spaces import Space
@@ -26,11 +27,10 @@ from ray_unlearn.search.tune import search_trials
 
 def baseline(run: Run) -> Scores:
     """The untouched target on the search's data; baseline.json."""
-    path = run.dir / "baseline.json"
-    if not path.exists():
+    scores = read_baseline(run.dir)
+    if scores is None:
         ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared_storage)
-        write_json(path, scores.to_json())
-    scores = Scores.from_json(read_json(path))
+        write_json(run.dir / "baseline.json", scores.to_json())
     run.progress.line(f"target: {_shown(scores)}")
     return scores
 
@@ -208,13 +208,13 @@ def write_front(run: Run) -> list[Candidate]:
 
 def select(run: Run) -> str | None:
     """Chooses, writes best/, scores it on unseen documents, and records the choice; None when nothing is feasible."""
-    clean_up(run.dir)
+    remove_unrecorded(run.dir)
     members = write_front(run)
     if not members:
         return None
     choice = selection.choose(members, run.job.selection.weights)
     run.progress.line(f"chosen: {choice.id} ({_shown(choice.scores)})")
-    final = read_json(run.dir / "final.json")
+    final = read_final(run.dir)
     if final is None or final["choice"] != choice.id or not (run.dir / "best").exists():
         selection.deliver(run, choice)
     return choice.id

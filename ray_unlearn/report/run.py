@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ray_unlearn import run_files
 from ray_unlearn.errors import InputError
 from ray_unlearn.pareto import feasible
 from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord, candidates, load_records
@@ -67,43 +65,20 @@ class RunView:
 
 def load_run(run_dir: Path) -> RunView:
     """Reads a run directory; raises InputError when it is none, or when a file in it is broken."""
-    job_file = run_dir / "job.yaml"
-    if not job_file.is_file():
+    about = run_files.read_about(run_dir)
+    if about is None:
         raise InputError(
             f"not a run directory: {run_dir} has no job.yaml. Give the directory that a search wrote; "
             "it holds job.yaml, baseline.json and records/."
         )
-    try:
-        about = yaml.safe_load(job_file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{job_file} is not readable YAML: {error}. Restore it, or run the search anew.") from error
-    if not isinstance(about, dict) or not isinstance(about.get("job"), dict):
-        raise InputError(f"{job_file} must be a mapping with the key 'job'. Restore it, or run the search anew.")
-    try:
-        trials, merges = load_records(run_dir)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"a record in {run_dir / 'records'} cannot be read: {error!r}. Move it away.") from error
-    baseline = _read(run_dir / "baseline.json")
+    trials, merges = load_records(run_dir)
     return RunView(
         path=run_dir,
         about=about,
         trials=trials,
         merges=merges,
-        baseline=Scores.from_json(baseline) if baseline else None,
-        front=_read(run_dir / "front.json"),
-        final=_read(run_dir / "final.json"),
-        summary=_read(run_dir / "summary.json"),
+        baseline=run_files.read_baseline(run_dir),
+        front=run_files.read_front(run_dir),
+        final=run_files.read_final(run_dir),
+        summary=run_files.read_summary(run_dir),
     )
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON: {error}. Move it away to report without it.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}. Move it away.")
-    return value
