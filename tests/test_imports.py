@@ -14,7 +14,7 @@ import ray_unlearn
 PACKAGE = Path(ray_unlearn.__file__).parent
 FLOORS = [
     {"errors", "protocols"},
-    {"progress", "pareto", "schema", "files"},
+    {"progress", "pareto", "schema", "files", "tables"},
     {"records", "plugins"},
     {"losses", "metrics", "data", "run_files"},
     {"models"},
@@ -33,7 +33,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 LARGEST_FILE = 400
 MOST_FILES = 12
 HEAVY = ("deepspeed", "ray", "optuna", "mergekit")
-PURE = ["losses", "metrics", "merging", "config.trial", "pareto", "records", "data.rows", "schema", "files"]
+PURE = ["losses", "metrics", "merging", "config.trial", "pareto", "records", "data.rows", "schema", "files", "plugins"]
 
 
 def files():

@@ -21,6 +21,7 @@ from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_file, write_json, write_text
 from ray_unlearn.models.loading import check_model
+from ray_unlearn.plugins import load_plugins
 from ray_unlearn.records import Example, Scores
 
 
@@ -44,14 +45,16 @@ def evaluate(
     gpus_per_worker: float = 0,
     address: str | None = None,
     metrics: Sequence[str] = (),
+    plugins: Sequence[str] = (),
     reference: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Scores:
     """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
 
-    `metrics` are further ones by name (METRICS); `reference` is a model trained without the forget set, which some of
-    them need and all are then compared with; given alone, it is for the score differences.
+    `metrics` are further ones by name: of METRICS, to which `plugins` may add (see ray_unlearn.plugins). `reference` is
+    a model trained without the forget set, which some of them need and all are then compared with; given alone, it is
+    for the score differences.
 
     With one worker it runs in this process, with more on as many Ray actors; the scores are the
     same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
@@ -64,6 +67,7 @@ def evaluate(
     pandas' reading of MMLU, which writes a column of numbers anew (2 as 2.0). Its loss of input and
     output joined without a space enters no score and is not computed.
     """
+    load_plugins(plugins)
     if (mia_member is None) != (mia_nonmember is None):
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
     if losses is not None and mia_member is None:

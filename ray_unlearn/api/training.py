@@ -14,6 +14,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSettings
 from ray_unlearn.files import claim_file
 from ray_unlearn.models.loading import check_model
+from ray_unlearn.plugins import load_plugins
 from ray_unlearn.records import TrialRecord, load_records
 from ray_unlearn.schema import from_dict, to_dict
 
@@ -71,9 +72,13 @@ def train(
     dtype: str = "float32",
     evaluation: dict[str, Any] | None = None,
     skip_bad_rows: bool = False,
+    plugins: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
 ) -> TrialRecord:
-    """One trial through the same Ray Train and DeepSpeed path as in a search; records and snapshots go to `out`."""
+    """One trial through the same Ray Train and DeepSpeed path as in a search; records and snapshots go to `out`.
+
+    `plugins` are modules or .py files whose methods may be named (ray_unlearn.plugins).
+    """
     from ray_unlearn.cluster.session import cluster
     from ray_unlearn.config.job import ResourcesPart
     from ray_unlearn.config.recipes import Geometry
@@ -81,6 +86,7 @@ def train(
     from ray_unlearn.training.dataloader import check_rows
     from ray_unlearn.training.parameters import check_trainable
 
+    load_plugins(plugins)
     check_model(model)
     data = eval_set(forget, retain, skip_bad_rows=skip_bad_rows)
     shapes = empty_model(model)

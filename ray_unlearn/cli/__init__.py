@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ray_unlearn.cli import catalogue, evaluate, merge, report, run, score, submit, target, train
 from ray_unlearn.cluster.session import prepare_environment
 from ray_unlearn.errors import InputError
+from ray_unlearn.plugins import load_plugins
 
 COMMANDS = (run, target, train, evaluate, score, merge, report, catalogue, submit)
 """In the order of the help."""
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     prepare_environment()
     try:
+        if "plugin" in arguments:  # `run` and `submit` load those of their job
+            load_plugins(arguments.plugin)
         return int(arguments.body(arguments))
     except InputError as error:
         return _fail(arguments, error, 2)

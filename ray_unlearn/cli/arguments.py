@@ -37,6 +37,17 @@ def set_flag(p: argparse.ArgumentParser) -> None:
     )
 
 
+def plugin_flag(p: argparse.ArgumentParser) -> None:
+    """--plugin MODULE."""
+    p.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module, or path of a .py file, that adds rows to the tables (installed ones are found); repeatable",
+    )
+
+
 def skip_flag(p: argparse.ArgumentParser) -> None:
     """--skip-bad-rows."""
     p.add_argument("--skip-bad-rows", action="store_true", help="drop and count bad rows instead of refusing the file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ray_unlearn.cli.arguments import Body, command, json_flag, print_json
+from ray_unlearn.cli.arguments import Body, command, json_flag, plugin_flag, print_json
 
 
 def _methods(a: argparse.Namespace) -> int:
@@ -114,4 +114,5 @@ def add(commands: Any) -> None:
     """The four commands' arguments."""
     for name, what, body in LISTS:
         p = command(commands, body, name, f"list {what} with formula, parameters, source", f"{name} --json")
+        plugin_flag(p)
         json_flag(p)

@@ -12,6 +12,7 @@ from ray_unlearn.cli.arguments import (
     evaluation_settings,
     json_flag,
     model_and_data,
+    plugin_flag,
     print_json,
     shown,
 )
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
     )
     evaluation_flags(p)
     p.add_argument("--metrics", default="", metavar="A,B,C", help="further metrics by name (see: ray-unlearn metrics)")
+    plugin_flag(p)
     p.add_argument("--reference", metavar="M", help="a model trained without the forget set, to compare metrics with")
     p.add_argument("--predictions", metavar="P.jsonl", help="write each row's generation, as `score` reads it")
     p.add_argument("--losses", metavar="losses.json", help="write each MIA document's loss, as `score --mia` reads it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ray_unlearn.cli.arguments import command
+from ray_unlearn.cli.arguments import command, plugin_flag
 from ray_unlearn.errors import InputError
 
 
@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     p.add_argument("--epsilon", type=float, default=0.15, help="della: spread of the chance to stay")
     p.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of largest entries that go")
     p.add_argument("--seed", type=int, default=0, help="of random masks")
+    plugin_flag(p)
     p.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter; exact where the method is linear")
     p.add_argument("--rank", type=int, metavar="R", help="of the adapter (default: the members' sum)")
     p.add_argument("--out", required=True, metavar="DIR")

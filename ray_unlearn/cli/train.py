@@ -12,6 +12,7 @@ from ray_unlearn.cli.arguments import (
     evaluation_settings,
     json_flag,
     model_and_data,
+    plugin_flag,
     print_json,
     set_flag,
     shown,
@@ -36,6 +37,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--config", metavar="FILE", help="YAML mapping of trial settings")
     set_flag(p)
+    plugin_flag(p)
     p.add_argument("--address", metavar="RAY")
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--gpus-per-worker", type=float, default=0)

@@ -13,6 +13,7 @@ from ray_unlearn.evaluation.evaluator import Each, Evaluation, Log, Scorer, _Her
 from ray_unlearn.evaluation.scoring import evaluate_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import load_model, load_tokenizer
+from ray_unlearn.plugins import load_in_worker
 from ray_unlearn.records import Scores
 
 
@@ -30,7 +31,7 @@ def score_models(job: Job, paths: Sequence[str], eval_set: EvalSet, shared: bool
 def _score(
     source: ModelSource, eval_set: EvalSet, settings: EvalSettings, dtype: str, threads: int
 ) -> tuple[Scores, list[str]]:
-
+    load_in_worker()
     path = source.local()
     model = load_model(path, dtype).to(ray_device(threads))
     return evaluate_model(model, load_tokenizer(path), eval_set, settings)
@@ -58,6 +59,7 @@ class ScoringActor:
         if key not in self.scorers:
             import ray
 
+            load_in_worker()
             model, adapter, work = ray.get(inputs)
             adapter_path = adapter.local() if adapter is not None else None
             device = ray_device(threads)

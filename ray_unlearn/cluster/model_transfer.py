@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.plugins import load_in_worker
 from ray_unlearn.records import Example
 
 
@@ -76,6 +77,7 @@ def open_worker_state(spec: WorkerSpec | Any, device: str = "cpu") -> Any:
     from ray_unlearn.models.loading import load_model, load_tokenizer
     from ray_unlearn.training.worker import WorkerState
 
+    load_in_worker()
     if isinstance(spec, ray.ObjectRef):
         spec = ray.get(spec)
     path = spec.model.local()

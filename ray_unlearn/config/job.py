@@ -19,6 +19,7 @@ from ray_unlearn.evaluation.spec import EvalSettings
 from ray_unlearn.losses import OPTIONS
 from ray_unlearn.merging import MERGES
 from ray_unlearn.models.loading import DTYPES
+from ray_unlearn.plugins import load_plugins
 from ray_unlearn.schema import from_dict, one_of, require, to_dict
 
 VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
@@ -212,6 +213,8 @@ class Job:
     """Everything a run needs."""
 
     seed: int = 0
+    plugins: list[str] = field(default_factory=list)
+    """Modules, or paths of .py files, that add methods, metrics and the like; installed ones need not be named."""
     model: ModelPart = field(default_factory=ModelPart)
     target: TargetPart = field(default_factory=TargetPart)
     data: DataPart = field(default_factory=DataPart)
@@ -224,6 +227,7 @@ class Job:
     selection: SelectionPart = field(default_factory=SelectionPart)
 
     def __post_init__(self) -> None:
+        load_plugins(self.plugins)  # the names below may be theirs
         one_of("model.dtype", self.model.dtype, DTYPES)
         given = [self.model.path, self.target.benchmark, self.target.base]
         require(

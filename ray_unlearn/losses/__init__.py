@@ -11,14 +11,33 @@ from typing import Any
 from ray_unlearn.losses import ascent, distillation, preference, representation, weighting
 from ray_unlearn.losses.table import Loss, Method, Option
 from ray_unlearn.losses.weighting import WEIGHTINGS, Weighting
+from ray_unlearn.tables import Table
+
+
+def _check_loss(loss: Loss) -> None:
+    for option in loss.options.values():
+        OPTIONS.find(option)
+
+
+def _check_method(method: Method) -> None:
+    for loss in (method.forget, *method.retain):
+        LOSSES.find(loss)
+
 
 _FAMILIES = (ascent, preference, distillation, representation)
-LOSSES: dict[str, Loss] = {name: loss for family in _FAMILIES for name, loss in family.LOSSES.items()}
-METHODS: dict[str, Method] = {name: method for family in _FAMILIES for name, method in family.METHODS.items()}
-OPTIONS: dict[str, Option] = {
-    name: option for family in (*_FAMILIES, weighting) for name, option in family.OPTIONS.items()
-}
+OPTIONS = Table(
+    "option", Option, {name: option for family in (*_FAMILIES, weighting) for name, option in family.OPTIONS.items()}
+)
 """Every method parameter that a configuration may set, beyond the fields that all methods share."""
+LOSSES = Table(
+    "loss", Loss, {name: loss for family in _FAMILIES for name, loss in family.LOSSES.items()}, check=_check_loss
+)
+METHODS = Table(
+    "method",
+    Method,
+    {name: method for family in _FAMILIES for name, method in family.METHODS.items()},
+    check=_check_method,
+)
 
 
 def losses_of(method: str) -> list[Loss]:

@@ -6,6 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_unlearn.errors import unknown_name
+
+TENSORS = tuple(
+    "mask logps ref_logps logits ref_logits noise targets hidden ref_hidden control alt_mask alt_logps alt_ref_logps"
+    .split()
+)  # fmt: skip
+"""What a loss may be called with: see Loss.tensors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
@@ -38,6 +46,11 @@ class Loss:
     (`retain_on`, `kl_on`) and the name in a trial's course."""
     pools: Callable[[Mapping[str, Any]], bool] = lambda options: False
     """Whether, under these options, tokens are pooled over the batch: its rows must then stay together."""
+
+    def __post_init__(self) -> None:
+        for name in self.tensors:
+            if name not in TENSORS:
+                raise unknown_name("tensor of a loss", name, TENSORS)
 
     @property
     def needs_reference(self) -> bool:

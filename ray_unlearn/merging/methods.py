@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ray_unlearn.merging import consensus
 from ray_unlearn.merging.sparsify import breadcrumbs, drop_and_rescale, magprune, rescaled, trim
+from ray_unlearn.tables import Table
 
 Draw = Callable[[int], torch.Generator]
 """The generator of the random mask of the member at a place; the same again at every call."""
@@ -107,7 +108,7 @@ def _stock(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Tensor
 
 
 THINNED = ("weight", "density", "lambda", "normalize", "rescale")
-MERGES: dict[str, MergeMethod] = {
+_ROWS: dict[str, MergeMethod] = {
     "ties": MergeMethod(
         sparsify=_by_magnitude,
         consensus=_election,
@@ -191,3 +192,4 @@ MERGES: dict[str, MergeMethod] = {
         source="peft add_weighted_adapter(combination_type='ties'), as ZJUKLAB used it (arXiv 2503.21088)",
     ),
 }
+MERGES = Table("merge method", MergeMethod, _ROWS)

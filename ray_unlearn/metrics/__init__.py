@@ -28,6 +28,7 @@ from ray_unlearn.metrics.memorisation import (
     perplexity,
 )
 from ray_unlearn.metrics.privacy import forget_quality, privleak, score_differences
+from ray_unlearn.tables import Table
 
 __all__ = [
     "METRICS",
@@ -92,7 +93,7 @@ def _membership(signal: Callable[..., Any], formula: str, source: str, reference
     )  # fmt: skip
 
 
-METRICS: dict[str, Metric] = {
+_ROWS: dict[str, Metric] = {
     "regurgitation": _official(rouge_l_recall, "ROUGE-L recall of sc rows; forget terms 1 - x", "0", SPLITS),
     "knowledge": _official(exact_match, "equality after strip().lower() of qa rows; forget terms 1 - x", "0", SPLITS),
     "task_aggregate": _official(harmonic_mean, "harmonic mean of the terms", "0: no retain answer", {"value": 1}),
@@ -189,3 +190,4 @@ METRICS: dict[str, Metric] = {
         needs_reference=True,
     ),
 }
+METRICS = Table("metric", Metric, _ROWS)

@@ -18,6 +18,7 @@ from ray_unlearn.config.job import Job, differences
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import git_commit, versions, write_json, write_text
 from ray_unlearn.pipeline.inputs import Inputs
+from ray_unlearn.plugins import loaded
 from ray_unlearn.progress import Progress
 from ray_unlearn.records import FORMAT, Scores, load_records
 from ray_unlearn.run_files import (
@@ -107,7 +108,8 @@ def _stored_job(out: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> str:
-    """Writes job.yaml: job with defaults, versions, commit, data digests, texts of the spaces; returns the run's id.
+    """Writes job.yaml: job with defaults, versions, commit, digests of plugins and data, texts of the
+    spaces; returns the run's id.
 
     On a resumed run it is only read; changed data are refused.
     """
@@ -127,6 +129,7 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
         "job": to_dict(job),
         "versions": versions(),
         "git_commit": git_commit(),
+        "plugins": {plugin.module: plugin.digest() for plugin in loaded()},
         "data_digests": inputs.digests,
         "rows": {"forget": len(inputs.forget), "retain": len(inputs.retain), "dropped": inputs.dropped},
         "search_spaces": space_texts,

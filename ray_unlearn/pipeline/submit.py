@@ -15,6 +15,7 @@ import yaml
 from ray_unlearn.config.job import Job, load_job
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import PACKAGE
+from ray_unlearn.plugins import loaded
 from ray_unlearn.schema import to_dict
 from ray_unlearn.search.spaces import find_space
 
@@ -22,8 +23,8 @@ from ray_unlearn.search.spaces import find_space
 def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | None = None) -> int:
     """Submits the job, prints its log as it comes, and returns 0 if it succeeded, 1 if not.
 
-    What travels is this package, the job and its own search spaces. Models and data do not: the
-    job's paths are paths of the cluster (shared storage), or hub ids.
+    What travels is this package, the job, its own search spaces and the plugins. Models and data do not: the job's
+    paths are paths of the cluster (shared storage), or hub ids.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -51,7 +52,8 @@ def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | N
 
 
 def pack(job: Job, name: str, folder: Path) -> None:
-    """Writes what travels with a job into a folder: the job with its overrides, its spaces, this package."""
+    """Writes what travels with a job into a folder: the job with its overrides, its spaces, the plugins that
+    are loaded here, this package."""
     data = to_dict(job)
     spaces = []
     for space in job.search.spaces:
@@ -62,9 +64,15 @@ def pack(job: Job, name: str, folder: Path) -> None:
         else:
             spaces.append(space)
     data["search"]["spaces"] = spaces
+    data["plugins"] = [plugin.module for plugin in loaded()]
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignore)
+    for code in dict.fromkeys(plugin.code for plugin in loaded()):
+        if code.is_dir():
+            shutil.copytree(code, folder / code.name, ignore=ignore)
+        else:
+            shutil.copy(code, folder)
     for extra in ("search_spaces", "jobs"):
         if not (PACKAGE / extra).exists() and (PACKAGE.parent / extra).exists():
             shutil.copytree(PACKAGE.parent / extra, folder / extra, ignore=ignore)
