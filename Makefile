@@ -9,7 +9,7 @@ run: $(READY)            ## the main job on the embedded benchmark (JOB=..., OUT
 	$(VENV)/bin/ray-unlearn run $(JOB) --out $(OUT)
 
 test: $(READY)           ## all tests, offline, no GPU
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --slow
 
 lint: $(READY)           ## style and types
 	$(VENV)/bin/ruff check ray_unlearn search_spaces tests benchmarks

@@ -15,6 +15,19 @@ from ray_unlearn.data.benchmarks import embedded as benchmark
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take a minute each")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that start Ray run one after another in one process; slow ones are skipped unless asked for."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes a minute; give --slow"))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """data, tokenizer and a random two-layer OLMo 2; tests that change the model must copy or restore it."""

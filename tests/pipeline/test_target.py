@@ -70,6 +70,7 @@ def scores_of(place, name):
     return evaluate_model(load_model(path), load_tokenizer(path), data, settings)[0]
 
 
+@pytest.mark.slow
 def test_the_target_knows_everything_and_the_reference_nothing_of_the_forget_set(built):
     target, reference = scores_of(built, "target"), scores_of(built, "reference")
     assert len(target.terms) == 12 and min(target.raw.values()) >= 0.95
@@ -79,6 +80,7 @@ def test_the_target_knows_everything_and_the_reference_nothing_of_the_forget_set
     assert reference.utility >= 0.9
 
 
+@pytest.mark.slow
 def test_a_finished_benchmark_is_not_built_again(built):
     before = (built / "target" / "model.safetensors").stat().st_mtime_ns
     assert build_embedded(built.parent, benchmark.EmbeddedSettings()) == built
