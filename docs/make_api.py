@@ -38,7 +38,8 @@ def _signature(function: object) -> str:
 
 def _fields(cls: type) -> str:
     lines = ["| field | type |", "|---|---|"]
-    lines += [f"| `{field.name}` | `{field.type}` |".replace(" | None", " \\| None") for field in dataclasses.fields(cls)]
+    types = {field.name: str(field.type).replace("|", "\\|") for field in dataclasses.fields(cls)}
+    lines += [f"| `{name}` | `{hint}` |" for name, hint in types.items()]
     return "\n".join(lines) + "\n"
 
 
