@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_unlearn.merging.methods import MERGES
 from ray_unlearn.merging.recipe import Graded, MergeRecipe
-from ray_unlearn.pareto import Point, front, hypervolume
+from ray_unlearn.pareto import Front, Point
 from ray_unlearn.protocols import Suggests
 from ray_unlearn.records import Scores
 
@@ -129,9 +129,8 @@ class MergeSpace:
 
     def _share(self, recipe: MergeRecipe) -> float | None:
         """Where on the segment a merge lies: the under-unlearned end's share, or None where it does not."""
-        numbers = [recipe.lambda_, *recipe.densities]
-        plain = all(number == 1.0 for number in numbers) and recipe.method == self._segment_method
-        if not plain or recipe.members != [self.snapshots[0], self.snapshots[-1]]:
+        ends = [self.snapshots[0], self.snapshots[-1]]
+        if not is_plain(recipe) or recipe.method != self._segment_method or recipe.members != ends:
             return None
         share = recipe.weights[1]
         return None if isinstance(share, list) else share / (recipe.weights[0] + share)  # type: ignore[operator]
@@ -165,32 +164,41 @@ def bisected(points: Sequence[tuple[float, float | None]]) -> float | None:
 
 
 class Growth:
-    """The hypervolume of what is feasible as merges come in, how long it has not grown, and which merges joined in."""
+    """The front of what is feasible as merges come in, how long its hypervolume has not grown, and which merges joined
+    the pool."""
 
     def __init__(self, points: Sequence[Point], utility_floor: float, remerged: int = 0) -> None:
-        self.points = [tuple(point) for point in points]
-        self.volume = hypervolume(self.points)
+        self.front: Front[int | str] = Front()
+        for number, point in enumerate(points):
+            self.front.add(number, point)
+        self.volume = self.front.volume
+        """The hypervolume when it last grew."""
         self.idle = 0
-        """Merges since the hypervolume last grew."""
+        """Merges since then."""
         self.joined: dict[str, MergeRecipe] = {}
         """Merges that were on the front when they came, the first `remerged` of them; none of merges."""
-        self.known: list[tuple[MergeRecipe, Scores | None]] = []
+        self.plain: list[tuple[MergeRecipe, Scores | None]] = []
+        """Merges that change nothing but the weights: those of the segment are among them."""
         self._floor, self._remerged = utility_floor, remerged
 
     def add(self, name: str, recipe: MergeRecipe, scores: Scores | None) -> None:
         """Takes a merge that has ended; `scores` is None where it failed."""
-        self.known.append((recipe, scores))
+        if is_plain(recipe):
+            self.plain.append((recipe, scores))
         self.idle += 1
         if scores is None or not (scores.utility or 0.0) > self._floor:
             return
-        self.points.append(scores.objectives())
-        volume = hypervolume(self.points)
-        if volume > self.volume + GROWTH:
-            self.volume, self.idle = volume, 0
-        on_front = len(self.points) - 1 in front(self.points)
+        on_front = self.front.add(name, scores.objectives())
+        if self.front.volume > self.volume + GROWTH:
+            self.volume, self.idle = self.front.volume, 0
         if on_front and len(self.joined) < self._remerged and not recipe.merges:
             self.joined[name] = recipe
 
     def stalled(self, patience: int) -> bool:
         """Whether the last `patience` merges brought nothing; never with a patience of 0."""
         return 0 < patience <= self.idle
+
+
+def is_plain(recipe: MergeRecipe) -> bool:
+    """Whether nothing is thinned out or scaled."""
+    return all(number == 1.0 for number in (recipe.lambda_, *recipe.densities))

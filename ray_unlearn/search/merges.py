@@ -45,7 +45,7 @@ def search_merges(
     while in_flight or (missing > 0 and not growth.stalled(patience)):
         while missing > 0 and scorers.free and not growth.stalled(patience):
             unscored = [(recipe, None) for _, recipe, _ in in_flight.values()]
-            trial = _ask_for_merge(study, space, [*growth.known, *unscored])
+            trial = _ask_for_merge(study, space, [*growth.plain, *unscored])
             recipe, name = space.suggest(trial, growth.joined), f"merge-{trial.number:04d}"
             scorers.start(name, recipe)
             in_flight[name] = (trial, recipe, time.monotonic())
