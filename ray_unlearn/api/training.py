@@ -47,7 +47,7 @@ def read_trial_config(
             data = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
         except FileNotFoundError as error:
             raise InputError(f"no such file: {config}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{config} is not readable YAML: {error}") from error
         if not isinstance(data, dict):
             raise InputError(f"{config} must hold a mapping of trial settings, got {data!r:.60}.")
@@ -83,6 +83,7 @@ def train(
     from ray_unlearn.config.job import ResourcesPart
     from ray_unlearn.config.recipes import Geometry
     from ray_unlearn.models.loading import empty_model
+    from ray_unlearn.pipeline.lock import owned
     from ray_unlearn.training.dataloader import check_rows
     from ray_unlearn.training.parameters import check_trainable
 
@@ -98,9 +99,8 @@ def train(
     resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold", dashboard=False)
     run_dir = Path(out).expanduser().resolve()
     claim_file(run_dir / "records" / "trial")
-    number = 1 + max((int(record.id[-4:]) for record in load_records(run_dir)[0]), default=-1)
-    name = f"trial-{number:04d}"
-    with cluster(address, resources) as started_here:
+    load_records(run_dir)  # a damaged one is refused before Ray is started
+    with owned(run_dir, log), cluster(address, resources) as started_here:
         from ray_unlearn.cluster.executor import Executor, events
         from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 
@@ -113,8 +113,9 @@ def train(
             dtype=dtype,
             utility_floor=0.0,
         )
-        executor = Executor(run_dir, spec, resources, run_dir / "ray")
-        for event, content in events(executor.handle, name, to_dict(trial)):
-            log(f"{name} {event}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value != ""))
-        executor.close()
-    return next(record for record in load_records(run_dir)[0] if record.id == name)
+        number = 1 + max((int(record.id.removeprefix("trial-")) for record in load_records(run_dir)[0]), default=-1)
+        name = f"trial-{number:04d}"
+        with Executor(run_dir, spec, resources, run_dir / "ray") as executor:
+            for event, content in events(executor.handle, name, to_dict(trial)):
+                log(f"{name} {event}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value != ""))
+        return next(record for record in load_records(run_dir)[0] if record.id == name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(arguments, error, 2)
     except KeyboardInterrupt:
-        print("ray-unlearn: interrupted; the same command resumes a run", file=sys.stderr)
+        command = shlex.join(["ray-unlearn", *(sys.argv[1:] if argv is None else argv)])
+        print(f"ray-unlearn: interrupted; what was finished is kept. To go on:\n  {command}", file=sys.stderr)
         return 1
     except Exception as error:
         return _fail(arguments, error, 1)
@@ -54,5 +57,8 @@ def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script. SIGTERM and a closed terminal end it as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not where it is ignored, as by nohup
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

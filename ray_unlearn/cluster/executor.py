@@ -122,10 +122,18 @@ def cold_worker(config: dict[str, Any]) -> None:
         _run(worker, config["trial_id"], config["config"], state)
 
 
+def _hello(worker: TrainWorker) -> int:
+    """The epoch of the slot's worker group; 0 tells it to give up, as it must when the search has ended."""
+    try:
+        return int(ray.get(worker.coordinator.hello.remote(worker.slot)))
+    except ray.exceptions.RayActorError:
+        return 0
+
+
 def warm_worker(config: dict[str, Any]) -> None:
     """train_loop_per_worker of a slot: lives for the whole search and leases one trial after another."""
     worker = TrainWorker(config["coordinator"], config["slot"])
-    epoch = worker.broadcast(ray.get(worker.coordinator.hello.remote(worker.slot)) if worker.rank == 0 else None)
+    epoch = worker.broadcast(_hello(worker) if worker.rank == 0 else None)
     if epoch == 0:
         return
     state = _open_state(config)
@@ -206,12 +214,17 @@ class Executor:
         if not self.closing:
             ray.get(self.handle.coordinator.slot_lost.remote(slot, reason))
 
-    def close(self) -> None:
-        """Ends the warm workers and waits for their Train runs."""
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        """Ends the warm workers and waits for their Train runs. After an error, as Ctrl-C is one, nothing is waited
+        for: with the coordinator gone, workers end with their next post, and whoever waits for a trial is told."""
         self.closing = True
-        ray.get(self.handle.coordinator.close.remote())
-        for thread in self.threads:
-            thread.join(30)
+        if error is None:
+            ray.get(self.handle.coordinator.close.remote())
+            for thread in self.threads:
+                thread.join(30)
         ray.kill(self.handle.coordinator)
 
 

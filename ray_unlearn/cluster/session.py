@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ QUIET = {
     # A first worker group may wait for a slow import or a growing cluster.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Tune would take Ctrl-C for itself, end its search early, and the run would go on to the next stage.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Threads that spin while they wait make a shared CPU several times slower than ones that sleep.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -60,6 +64,7 @@ def cluster(address: str | None, resources: ResourcesPart) -> Iterator[bool]:
             "Use `ray-unlearn submit JOB.yaml --address http://HOST:8265`."
         )
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address and address != "local":
             ray.init(address=address, runtime_env=worker_environment(elsewhere=True), **options)
@@ -68,11 +73,33 @@ def cluster(address: str | None, resources: ResourcesPart) -> Iterator[bool]:
             ray.init("local", runtime_env=environment, include_dashboard=resources.dashboard, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"the Ray cluster {address or 'local'} cannot be used: {error}") from error
+    finally:
+        _handle(signal.SIGTERM, on_sigterm)  # Ray's own would end the process without a word
     try:
         check_room(resources, ray.nodes())
         yield not address or address == "local"
     finally:
-        ray.shutdown()
+        with _undisturbed():
+            ray.shutdown(wait_for_processes=True)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignores signals that would end the process: a second Ctrl-C must not leave Ray's processes behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        _handle(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            _handle(number, handler)
+
+
+def _handle(number: signal.Signals, handler: Any) -> None:
+    """Sets a signal's handler, which the main thread alone may do."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 
 def worker_environment(elsewhere: bool) -> dict[str, Any]:

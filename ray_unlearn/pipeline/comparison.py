@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -76,22 +77,22 @@ def _run_trials(run: Run, missing: Sequence[Entry]) -> None:
     job = run.job
     if not missing:
         return
-    executor = Executor(run.dir, worker_spec(run), job.resources, job.resources.storage or run.dir / "ray")
     run.progress.start("trials", job.trials, job.trials - len(missing))
 
-    def follow(entry: Entry) -> None:
+    def follow(executor: Executor, entry: Entry) -> None:
         config = to_dict(from_dict(TrialConfig, entry.config, entry.recipe.name))
         *_, (_, ended) = events(executor.handle, entry.id, config)
         reason = f": {ended['reason']}" if ended["reason"] else ""
         run.progress.line(f"{entry.id} {entry.recipe.name}, seed {entry.seed}: {ended['status']}{reason}")
         run.progress.advance()
 
+    pool = ThreadPoolExecutor(job.resources.concurrency)
     try:
-        with ThreadPoolExecutor(job.resources.concurrency) as pool:
-            list(pool.map(follow, missing))
+        with Executor(run.dir, worker_spec(run), job.resources, job.resources.storage or run.dir / "ray") as executor:
+            list(pool.map(functools.partial(follow, executor), missing))
     finally:
+        pool.shutdown(cancel_futures=True)  # after the executor, whose end wakes those that wait for a trial
         run.progress.finish()
-        executor.close()
 
 
 def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) -> None:

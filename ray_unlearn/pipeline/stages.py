@@ -70,25 +70,27 @@ def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")
     enqueue(study, points)
-    executor = Executor(run.dir, worker_spec(run), job.resources, job.resources.storage or run.dir / "ray")
-    run.progress.start("trials", job.search.trials, done)
-    try:
-        # A driver of Tune's that died has ended no trial: what is missing then is asked for once more.
-        for _ in range(2):
-            search_trials(
-                study,
-                space,
-                executor.handle,
-                run.dir,
-                num_trials=job.search.trials,
-                utility_floor=run.floor,
-                log=run.progress.line,
-                advance=run.progress.advance,
-            )
-            recover(study, run.dir, run.floor)
-    finally:
-        run.progress.finish()
-        executor.close()
+    for _ in range(2):  # a driver of Tune's that died has ended no trial: what is missing is asked for once more
+        missing = job.search.trials - len(load_records(run.dir)[0])
+        if missing <= 0:
+            break
+        run.progress.start("trials", job.search.trials, job.search.trials - missing)
+        storage = job.resources.storage or run.dir / "ray"
+        try:
+            with Executor(run.dir, worker_spec(run), job.resources, storage) as executor:
+                search_trials(
+                    study,
+                    space,
+                    executor.handle,
+                    run.dir,
+                    missing=missing,
+                    utility_floor=run.floor,
+                    log=run.progress.line,
+                    advance=run.progress.advance,
+                )
+        finally:
+            run.progress.finish()
+        recover(study, run.dir, run.floor)  # only now: no worker writes a snapshot any more
 
 
 def feasible_candidates(run: Run) -> list[Candidate]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
 from ray_unlearn.data.rows import limit_documents, load_pair
 from ray_unlearn.data.tokens import Encoded, by_length, collate, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.files import claim_directory, write_json
+from ray_unlearn.files import claim_directory, weights_digest, write_json
 from ray_unlearn.models.loading import check_model, load_model, load_tokenizer, save_model
 from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
@@ -27,6 +30,8 @@ from ray_unlearn.schema import digest, require
 
 Log = Callable[[str], None]
 TARGET_FILE = "target.json"
+BUILDING = "building.json"
+"""Stands in a benchmark's folder until it is complete, and says that the folder is ours."""
 EMBEDDED_FORMAT = 2
 """Goes up when the embedded benchmark's files change under the same settings, so that no old cache is taken."""
 
@@ -98,43 +103,70 @@ def build_embedded(directory: Path, settings: EmbeddedSettings, log: Log = lambd
     Returns that folder. Its settings.json is written last: a folder that has one is complete.
     """
     place = directory / f"embedded-{digest(dict(settings.__dict__) | {'format': EMBEDDED_FORMAT})}"
-    if (place / "settings.json").exists():
-        log(f"embedded benchmark: cached in {place}")
-        return place
-    return _build_at(place, settings, log)
+    with _alone(place, log):
+        if (place / "settings.json").exists():
+            log(f"embedded benchmark: cached in {place}")
+            return place
+        return _build_at(place, settings, log)
+
+
+@contextmanager
+def _alone(place: Path, log: Log) -> Iterator[None]:
+    """Waits until no other process builds what is to stand at `place`; a process that dies lets go."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f".{place.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another process that builds {place}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: both build the same, and files are renamed into place
+            pass
+        yield
 
 
 def _build_at(place: Path, settings: EmbeddedSettings, log: Log) -> Path:
     place.mkdir(parents=True, exist_ok=True)
+    stated = dict(settings.__dict__)
+    write_json(place / BUILDING, stated)
     data = benchmark.make(settings)
     benchmark.write(data, place)
     # Two processes of one thread each: operations this small do not profit from two threads. They are
     # started as commands, since a spawned pool would run a user's own script again.
-    write_json(place / "building.json", dict(settings.__dict__))
     program = "import sys; from ray_unlearn.pipeline.target import build_one; build_one(*sys.argv[1:])"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     builders = [
-        subprocess.Popen([sys.executable, "-c", program, str(place), name], env=environment, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(place), name, json.dumps(stated)],
+            env=environment,
+            stdout=subprocess.PIPE,
+        )
         for name in ("target", "reference")
     ]
-    for builder in builders:
-        answer = builder.communicate()[0].decode().strip()
-        if builder.returncode != 0:
-            raise RuntimeError(
-                f"building the embedded benchmark failed with exit code {builder.returncode}; see above."
-            )
-        log(f"embedded benchmark: {answer}")
-    write_json(place / "settings.json", dict(settings.__dict__))
-    (place / "building.json").unlink()
+    try:
+        for builder in builders:
+            answer = builder.communicate()[0].decode().strip()
+            if builder.returncode != 0:
+                raise RuntimeError(
+                    f"building the embedded benchmark failed with exit code {builder.returncode}; see above."
+                )
+            log(f"embedded benchmark: {answer}")
+    finally:
+        for builder in builders:
+            builder.kill()
+            builder.wait()
+    write_json(place / "settings.json", stated)
+    (place / BUILDING).unlink(missing_ok=True)
     return place
 
 
-def build_one(directory: str, name: str) -> None:
+def build_one(directory: str, name: str, stated: str) -> None:
     """Trains the benchmark's `target` or `reference` in this process and prints how it went."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one who started this, who ends it
     place, began = Path(directory), time.monotonic()
-    settings = EmbeddedSettings(**json.loads((place / "building.json").read_text()))
+    settings = EmbeddedSettings(**json.loads(stated))
     torch.set_num_threads(1)
     data = benchmark.make(settings)
     tokenizer = benchmark.make_tokenizer(data, settings.vocabulary)
@@ -165,16 +197,17 @@ def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | 
         place = build_embedded(cache, part.settings, log)
         return str(place / "target"), str(place / "reference"), place
     pairs = [(row.input, row.output) for row in rows]
-    what = {"pairs": pairs, "base": part.base, "seed": job.seed}
+    assert part.base is not None
+    what = {"pairs": pairs, "base": weights_digest(part.base) or part.base, "seed": job.seed}
     what |= {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
     place = cache / f"target-{digest(what)}"
-    if place.exists():
-        log(f"target: cached in {place}")
-        return str(place), None, None
-    assert part.base is not None
-    log(f"target: fine-tuning {part.base} on {len(pairs)} rows")
-    options: dict[str, Any] = {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
-    return str(make_target(part.base, pairs, place, log, seed=job.seed, **options)), None, None
+    with _alone(place, log):
+        if place.exists():
+            log(f"target: cached in {place}")
+            return str(place), None, None
+        log(f"target: fine-tuning {part.base} on {len(pairs)} rows")
+        options: dict[str, Any] = {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
+        return str(make_target(part.base, pairs, place, log, seed=job.seed, **options)), None, None
 
 
 def make_target(base: str, pairs: Sequence[tuple[str, str]], out: Path, log: Log, **options: Any) -> Path:
@@ -196,7 +229,7 @@ def build_benchmark_at(out: Path, seed: int | None, log: Log) -> Path:
             )
         log(f"embedded benchmark: already in {out}")
         return out
-    claim_directory(out, "building.json")
+    claim_directory(out, BUILDING)
     return _build_at(out, settings, log)
 
 

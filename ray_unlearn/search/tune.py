@@ -90,19 +90,16 @@ def search_trials(
     handle: Handle,
     run_dir: Path,
     *,
-    num_trials: int,
+    missing: int,
     utility_floor: float,
     log: Callable[[str], None],
     advance: Callable[[], None],
 ) -> None:
-    """Runs trials until the run has `num_trials` records, at most `concurrency` side by side."""
+    """Runs the `missing` trials, at most `concurrency` side by side."""
 
     def find(name: str) -> TrialRecord | None:
         return next((record for record in load_records(run_dir)[0] if record.id == name), None)
 
-    missing = num_trials - len(load_records(run_dir)[0])
-    if missing <= 0:
-        return
     concurrency = handle.resources.concurrency
     searcher = TrialSearch(study, space, find, utility_floor)
     # The drivers only wait. They take no CPU, or on a small machine they would keep the workers from

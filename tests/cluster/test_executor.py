@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -60,7 +61,7 @@ def launch(place, ray_here, tmp_path):
     from ray_unlearn.cluster.executor import Executor
     from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 
-    started = []
+    stack = ExitStack()
 
     def start(shared: bool = True, **resources):
         dev, questions = load_mmlu(place / "mmlu")
@@ -77,12 +78,10 @@ def launch(place, ray_here, tmp_path):
             dtype="float32",
             utility_floor=0.0,
         )
-        started.append(Executor(tmp_path, spec, ResourcesPart(**resources), tmp_path / "ray"))
-        return started[-1].handle
+        return stack.enter_context(Executor(tmp_path, spec, ResourcesPart(**resources), tmp_path / "ray")).handle
 
-    yield start
-    for executor in started:
-        executor.close()
+    with stack:
+        yield start
 
 
 def outcome(handle, trial: TrialConfig, name: str = "trial-0000"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 
+import psutil
 import pytest
 from small import SETTINGS
 
@@ -14,7 +18,7 @@ from ray_unlearn.data.rows import load_documents, load_pair
 from ray_unlearn.evaluation.scoring import evaluate_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import load_model, load_tokenizer
-from ray_unlearn.pipeline.target import build_embedded, build_target_at
+from ray_unlearn.pipeline.target import _alone, build_embedded, build_target_at
 from ray_unlearn.schema import digest
 
 
@@ -105,3 +109,67 @@ def test_a_target_from_any_base_learns_the_rows(tmp_path):
     model, tokenizer = load_model(str(tmp_path / "target")), load_tokenizer(str(tmp_path / "target"))
     _, texts = evaluate_model(model, tokenizer, EvalSet(forget=[row], retain=[row]), EvalSettings(max_new_tokens=24))
     assert texts[0].strip() == row.output
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
+from ray_unlearn.pipeline.target import build_embedded
+sizes = {"stories": 2, "biographies": 1, "entries": 3, "nonmembers": 6, "facts": 6, "vocabulary": 320}
+settings = EmbeddedSettings(hidden=32, layers=1, epochs=int(sys.argv[2]), **sizes)
+print(build_embedded(Path(sys.argv[1]), settings, lambda line: print(line, flush=True)))
+"""
+
+
+def build(place, epochs):
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(place), str(epochs)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def test_whoever_builds_makes_others_wait_and_says_so(tmp_path):
+    place, said, order = tmp_path / "target", [], []
+
+    def second():
+        with _alone(place, said.append):
+            order.append("second")
+
+    with _alone(place, said.append):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not said:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"] and said == [f"waiting for another process that builds {place}"]
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_want_one_benchmark_one_builds_and_the_other_waits(tmp_path):
+    processes = [build(tmp_path, 1) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    said = "".join(out for out, _ in answers)
+    assert said.count("target trained") == 1 and said.count("waiting for another process") == 1
+    (place,) = tmp_path.glob("embedded-*")
+    assert said.count(f"cached in {place}") == 1
+    assert {path.name for path in place.iterdir()} >= {"target", "reference", "settings.json"}
+    assert not (place / "building.json").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_leaves_no_process_and_is_begun_again(tmp_path):
+    process = build(tmp_path, 10_000)
+    wait = psutil.Process(process.pid)
+    while len(wait.children()) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    builders = wait.children()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in stderr and not any(builder.is_running() for builder in builders)
+    (place,) = tmp_path.glob("embedded-*")
+    assert not (place / "settings.json").exists()
