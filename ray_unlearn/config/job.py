@@ -119,6 +119,8 @@ class SearchPart:
     """Searched parameter -> [low, high] or list of choices, in place of the space's own."""
     first_points: list[Any] = field(default_factory=list)
     """Recipe names, or mappings of searched parameters, that are tried first."""
+    sampler: str = "tpe"
+    """Who proposes trials: a name in search.samplers (`tpe`, `random`, `nsga2`, `qmc`, `gp`), or `module:function`."""
     startup: int = 8
     """Trials before the sampler learns from them (first points included)."""
     storage: str | None = None

@@ -51,8 +51,10 @@ def run(
 
 
 def _run(job: Job, out: Path, address: str | None, progress: Progress) -> RunResult:
+    from ray_unlearn.search.samplers import find_sampler
     from ray_unlearn.search.study import check_space
 
+    find_sampler(job.search.sampler)
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
     configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
     inputs, model_path, reference_path = _inputs_and_target(job, out, progress)

@@ -20,6 +20,7 @@ from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load
 from ray_unlearn.run_files import read_baseline, read_final
 from ray_unlearn.search.merge_space import Growth, MergeSpace
 from ray_unlearn.search.merges import recover_merges, search_merges
+from ray_unlearn.search.samplers import find_sampler
 from ray_unlearn.search.spaces import Space
 from ray_unlearn.search.study import MERGES_STUDY, TRIALS_STUDY, enqueue, open_study, recover
 from ray_unlearn.search.tune import search_trials
@@ -65,7 +66,8 @@ def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
     if done >= job.search.trials:
         run.progress.line(f"search: {done} trials were done before")
         return
-    study = open_study(storage_url(run), study_name(run, TRIALS_STUDY), job.seed, job.search.startup)
+    sampler = find_sampler(job.search.sampler)
+    study = open_study(storage_url(run), study_name(run, TRIALS_STUDY), job.seed, job.search.startup, sampler)
     redone = recover(study, run.dir, run.floor)
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")

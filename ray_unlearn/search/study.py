@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.pareto import OBJECTIVES
 from ray_unlearn.records import Scores, TrialRecord, load_records
+from ray_unlearn.search.samplers import SAMPLERS, Sampler
 from ray_unlearn.search.spaces import SAMPLES_CHECKED, Space, trial_config
 
 TRIALS_STUDY, MERGES_STUDY = "trials", "merges"
@@ -26,18 +26,13 @@ UTILITY_CONSTRAINT = "utility_floor"
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(storage: str, name: str, seed: int, startup: int) -> Study:
-    """The study of that name in the RDB storage, made when new: three objectives, all maximised.
-
-    TPE over all parameters jointly, with conditional ones in groups. A resumed study draws from
-    another stream than its beginning did, or it would propose its first points again.
-    """
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+def open_study(storage: str, name: str, seed: int, startup: int, sampler: Sampler = SAMPLERS["tpe"]) -> Study:
+    """The study of that name in the RDB storage, made when new: three objectives, all maximised."""
     backend = _storage(storage)
     study = optuna.create_study(
         storage=backend, study_name=name, directions=["maximize"] * len(OBJECTIVES), load_if_exists=True
     )
-    study.sampler = _sampler(seed + len(study.trials), startup)
+    study.sampler = sampler.open(seed, startup, len(study.trials))
     return study
 
 
@@ -46,12 +41,6 @@ def _storage(url: str) -> Any:
         return optuna.storages.RDBStorage(url)
     except Exception as error:
         raise InputError(f"search.storage {url!r} cannot be opened: {error}") from error
-
-
-def _sampler(seed: int, startup: int) -> Any:
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
-    )
 
 
 def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:
