@@ -76,7 +76,7 @@ class TrialConfig:
     """Train the last so many decoder layers only; another way of saying train_layers."""
     gradient_mask: str = "none"
     """`none`; `sure`, only the rows most salient for forgetting; `memflex`, only tensors where forgetting and
-    retaining disagree. Each step; zero_stage 0."""
+    retaining disagree. Each step; zero_stage 0 to 2."""
     mask_percentile: float = 99.0
     """`sure`: percentile of the rows' gradient norms at which a row is salient. `memflex`: of the tensors' mean
     gradient magnitudes, above which a tensor may be in the region."""
@@ -197,8 +197,8 @@ def _check_combinations(config: TrialConfig) -> None:
     require(config.train_layers != [], "train_layers is empty: nothing would be trained; null is for all layers.")
     named = config.train_modules is None or config.tuning == "full"
     require(named, "train_modules goes with tuning: full; adapters are placed by lora_targets.")
-    masked = config.gradient_mask != "none" and config.zero_stage > 0
-    require(not masked, f"gradient_mask needs whole gradients: zero_stage 0, got {config.zero_stage}.")
+    masked = config.gradient_mask != "none" and config.zero_stage == 3
+    require(not masked, "gradient_mask needs whole parameters: zero_stage 0, 1 or 2, got 3.")
     try:
         re.compile(config.train_modules or "")
     except re.error as error:

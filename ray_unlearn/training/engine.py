@@ -17,7 +17,8 @@ def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
     """The DeepSpeed dictionary of a trial; a pure function, so that a test can see what a search changes."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # rows are dealt by the schedule; DeepSpeed only needs a number
-        "gradient_accumulation_steps": config.micro_batches,
+        # Masked gradients are summed over the micro-batches before the engine sees them.
+        "gradient_accumulation_steps": config.micro_batches if config.gradient_mask == "none" else 1,
         "gradient_clipping": config.max_grad_norm or 0.0,  # 0 is DeepSpeed's never
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -50,6 +51,8 @@ class Engine:
             dist_init_required=False,
         )
         self.module: Any = self.engine.module
+        # DeepSpeed's hooks on what its own forward pass returns refuse torch.autograd.grad, which masks need.
+        self._forward = self.engine if config.gradient_mask == "none" else self.module
         self.parameters = parameters
 
     @property
@@ -59,7 +62,7 @@ class Engine:
 
     def __call__(self, **inputs: Any) -> Any:
         """A training forward pass."""
-        return self.engine(**inputs)
+        return self._forward(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch."""
@@ -88,12 +91,6 @@ class Engine:
                 torch.distributed.all_reduce(tensor)
                 tensor /= world
         return list(tensors)
-
-    def mask(self, masks: Sequence[Tensor]) -> None:
-        """Multiplies the gradients, in the order of `parameters`; stage 0, between backward and step."""
-        for parameter, mask in zip(self.parameters, masks, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
 
     def reset_optimizer(self) -> None:
         """Forgets the optimiser's moments, as a new optimiser on the same weights would."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,37 +45,48 @@ def memflex_mask(forget: Sequence[Tensor], retain: Sequence[Tensor], cosine: flo
     return [inside.to(gradient.dtype) for inside, gradient in zip(region, forget, strict=True)]
 
 
-class Saliency:
-    """Gradients of the forget and the retain loss apart, over a step's micro-batches, and the mask they make.
+class MaskedGradient:
+    """The gradients of a step's forget and retain terms, taken apart over its micro-batches, and their masked sum.
 
-    They are taken beside `.grad`, never in it: an accumulated gradient would hold both.
+    The engine steps on a linear function of the parameters that has the masked sum for its gradient, so that
+    DeepSpeed reduces, clips and steps as ever, in whatever form it keeps gradients. Gradients are taken outside of
+    it, since an accumulated `.grad` would hold both splits, and since DeepSpeed lets nothing but its own `backward`
+    through what its forward pass returns (engine.py `_backward_prologue`, 0.19): see `Engine.__call__`.
     """
 
     def __init__(self, engine: Engine, config: TrialConfig) -> None:
         self.engine, self.config = engine, config
-        self.splits = {"none": (), "sure": ("forget",), "memflex": ("forget", "retain")}[config.gradient_mask]
         self.gradients: dict[str, list[Tensor]] = {}
 
-    def add(self, by_split: dict[str, Tensor]) -> None:
-        """Adds one micro-batch's gradients; the graph stays for the backward pass."""
-        for split in self.splits:
-            new = torch.autograd.grad(
-                by_split[split], self.engine.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    def add(self, by_split: Mapping[str, Tensor]) -> None:
+        """Adds one micro-batch's gradients; `by_split` has the loss of each split that the step has terms of."""
+        last = list(by_split)[-1:]
+        for split, loss in by_split.items():
+            found = torch.autograd.grad(
+                loss, self.engine.parameters, retain_graph=[split] != last, allow_unused=True, materialize_grads=True
             )
+            parts = [gradient / self.config.micro_batches for gradient in found]
             known = self.gradients.get(split)
-            self.gradients[split] = list(new) if known is None else [a + b for a, b in zip(known, new, strict=True)]
+            self.gradients[split] = parts if known is None else [a + b for a, b in zip(known, parts, strict=True)]
 
-    def apply(self) -> None:
-        """Keeps of the step's gradients what the mask lets through; a repair step is not masked."""
-        if not self.splits:
-            return
+    def loss(self) -> Tensor:
+        """[]: the function to step on. Collective: every rank adds the same splits, whatever rows it has."""
         averaged = {split: self.engine.average(gradients) for split, gradients in self.gradients.items()}
-        if not any(bool(gradient.any()) for gradient in averaged["forget"]):  # of all ranks: all of them return here
-            return
+        masks = self._masks(averaged)
+        total = torch.zeros((), device=self.engine.device)
+        for index, parameter in enumerate(self.engine.parameters):
+            gradient = torch.zeros_like(parameter)
+            for gradients in averaged.values():
+                gradient += gradients[index]
+            total = total + (parameter * gradient if masks is None else parameter * (gradient * masks[index])).sum()
+        return total
+
+    def _masks(self, averaged: Mapping[str, Sequence[Tensor]]) -> list[Tensor] | None:
+        """None where nothing is forgotten, as in a repair step: then all may move."""
+        forget = averaged.get("forget")
+        if forget is None or not any(bool(gradient.any()) for gradient in forget):
+            return None
         if self.config.gradient_mask == "sure":
-            masks = sure_mask(averaged["forget"], self.config.mask_percentile)
-        else:
-            masks = memflex_mask(
-                averaged["forget"], averaged["retain"], self.config.mask_cosine, self.config.mask_percentile
-            )
-        self.engine.mask(masks)
+            return sure_mask(forget, self.config.mask_percentile)
+        retain = averaged.get("retain") or [torch.zeros_like(gradient) for gradient in forget]
+        return memflex_mask(forget, retain, self.config.mask_cosine, self.config.mask_percentile)

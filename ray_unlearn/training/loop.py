@@ -17,7 +17,7 @@ from ray_unlearn.evaluation.work_units import Shard
 from ray_unlearn.records import Scores
 from ray_unlearn.training.dataloader import RowGroup, TrainingRow, TrialData, length_groups, make_trial_data
 from ray_unlearn.training.engine import Engine
-from ray_unlearn.training.gradient_masks import Saliency
+from ray_unlearn.training.gradient_masks import MaskedGradient
 from ray_unlearn.training.monitor import Monitor
 from ray_unlearn.training.parameters import TrainableModel
 from ray_unlearn.training.schedule import Step, snapshot_steps, training_steps
@@ -82,7 +82,7 @@ def _train_step(
     engine.module.train()
     config = trial_loss.config
     shares = worker.world * config.micro_batches
-    saliency = Saliency(engine, config)
+    masked = None if config.gradient_mask == "none" else MaskedGradient(engine, config)
     totals: dict[str, float] = {}
     tokens, norm = 0, None
     for micro in range(config.micro_batches):
@@ -92,10 +92,13 @@ def _train_step(
         tokens += sum(len(row.tokens.ids) for unit in units for row in unit)
         if worker.agree(1.0 if math.isfinite(sum(loss.shown.values())) else 0.0) < 1.0:
             return {**totals, "loss": loss.shown["loss"]}, tokens  # the weights must not see a non-finite gradient
-        saliency.add(loss.by_split)
-        engine.backward(loss.total)
-        if micro + 1 == config.micro_batches:
-            saliency.apply()
+        if masked is None:
+            engine.backward(loss.total)
+            norm = engine.step(step.learning_rate)
+        else:
+            masked.add(loss.by_split)
+    if masked is not None:
+        engine.backward(masked.loss())
         norm = engine.step(step.learning_rate)
     gathered = worker.gather([(totals, tokens)])
     names = sorted({name for part, _ in gathered for name in part})
@@ -119,7 +122,7 @@ def _share_loss(
     return StepLoss(
         total=torch.stack([part.total for part in parts]).sum(),
         shown={name: sum(part.shown.get(name, 0.0) for part in parts) for name in names},
-        by_split={split: torch.stack([part.by_split[split] for part in parts]).sum() for split in sizes},
+        by_split={split: torch.stack([part.by_split[split] for part in parts]).sum() for split in parts[0].by_split},
     )
 
 

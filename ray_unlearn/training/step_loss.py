@@ -43,7 +43,7 @@ class StepLoss:
     shown: dict[str, float]
     """Each part before its weight, and `loss`, their weighted sum."""
     by_split: dict[str, Tensor]
-    """The weighted sums of the forget rows' and of the retain rows' terms."""
+    """The weighted sum of the terms of each split that has any."""
 
 
 class TrialLoss:
@@ -98,7 +98,7 @@ class TrialLoss:
         used = [row for split in SPLITS for row in rows if row.split == split and split in wanted]
         forward = _Forward(self, engine, used or list(rows[:1]), mine)
         total = forward.nothing
-        shown, by_split = {}, {"forget": forward.nothing, "retain": forward.nothing}
+        shown, by_split = {}, {term.split: forward.nothing for term in terms}
         for term in terms:
             if term in mine:
                 value = weights[term.split] * forward.value(term)

@@ -207,7 +207,7 @@ def test_a_methods_parameters_may_stand_beside_the_fields_and_get_their_defaults
         ({"tuning": "full", "train_layers": [1], "last_layers": 1}, "train_layers or last_layers, not both"),
         ({"train_modules": "mlp"}, "train_modules goes with tuning: full"),
         ({"tuning": "full", "train_modules": "("}, "is no regular expression"),
-        ({"gradient_mask": "sure", "zero_stage": 1}, "zero_stage 0, got 1"),
+        ({"gradient_mask": "sure", "zero_stage": 3}, "zero_stage 0, 1 or 2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(data, message):

@@ -29,6 +29,18 @@ class FakeEngine:
         return self.module(**inputs)
 
 
+class OneWorker:
+    """The only rank."""
+
+    rank, world = 0, 1
+
+    def gather(self, items):
+        return items
+
+    def agree(self, value):
+        return value
+
+
 def some_rows(tiny, split, count, seed, references=True):
     """Random rows of differing lengths; the reference's log-probabilities come with them."""
     rng = random.Random(seed)

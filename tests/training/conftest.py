@@ -27,3 +27,13 @@ def prepare(tiny):
     yield start
     for tuned in made:
         tuned.release()
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A process group of this process alone, which a DeepSpeed engine needs."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        yield
+    torch.distributed.destroy_process_group()

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from made_rows import PAD, FakeEngine, batch_for, some_rows
+from made_rows import PAD, FakeEngine, OneWorker, batch_for, some_rows
 
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.tokens import Encoded, encode
@@ -173,16 +173,6 @@ class StepEngine(FakeEngine):
 
     def step(self, learning_rate):
         return 0.0
-
-
-class OneWorker:
-    rank, world = 0, 1
-
-    def gather(self, items):
-        return items
-
-    def agree(self, value):
-        return value
 
 
 @pytest.mark.parametrize("method", ["npo_kl_ce", "pdu", "grad_diff_adaptive", "idk_dpo"])

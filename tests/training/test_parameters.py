@@ -1,4 +1,4 @@
-"""What is trained, and which gradients may move it: names, layers, adapters, shared weights, negation, masks."""
+"""What is trained: names, layers, adapters, shared weights, negation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError
-from ray_unlearn.training.gradient_masks import memflex_mask, sure_mask
 from ray_unlearn.training.parameters import TrainableModel, check_trainable, snapshot_bytes, trained_names
 
 
@@ -107,90 +106,3 @@ def test_negation_delivers_the_reference_minus_what_training_added(tiny, tuning)
     for name, parameter in tuned.model.named_parameters():
         assert torch.equal(parameter, before[name])
     tuned.release()
-
-
-# -- gradient masks --------------------------------------------------------------------------------
-
-
-def gradients(*shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-@pytest.mark.parametrize("percentile", [0.0, 50.0, 90.0, 99.0])
-def test_sure_lets_through_the_rows_at_or_above_the_percentile_of_all_rows(percentile):
-    made = gradients((6, 3), (4, 5), (7,))
-    made[1][2] = 0.0
-    masks = sure_mask(made, percentile)
-    rows = [(i, r, float(row.norm())) for i, g in enumerate(made) for r, row in enumerate(g.reshape(len(g), -1))]
-    norms = sorted(norm for _, _, norm in rows)
-    place = (len(norms) - 1) * percentile / 100
-    low = int(place)
-    threshold = norms[low] + (place - low) * (norms[min(low + 1, len(norms) - 1)] - norms[low])
-    for i, r, norm in rows:
-        assert bool(masks[i][r]) == (norm >= threshold - 1e-6 and norm > 0)
-    for gradient, mask in zip(made, masks, strict=True):
-        assert (gradient * mask).shape == gradient.shape
-
-
-def test_memflex_moves_tensors_where_forgetting_is_strong_and_disagrees_with_retaining():
-    forget = gradients((3, 3), (3, 3), (3, 3), (2, 2))
-    forget[3] *= 1e-3
-    retain = [forget[0].clone(), -forget[1], torch.zeros(3, 3), -forget[3]]
-    found = [bool(mask) for mask in memflex_mask(forget, retain, 0.92, 50.0)]
-    magnitudes = [float(g.abs().mean()) for g in forget]
-    median = sorted(magnitudes)[1:3]
-    expected = [False, magnitudes[1] >= sum(median) / 2, magnitudes[2] >= sum(median) / 2, False]
-    assert found == expected and any(found)
-
-
-def test_saliency_is_taken_beside_the_accumulated_gradient():
-    """Were it left in `.grad`, the backward pass of the whole loss would add to it, and the forget parts cancel."""
-    from ray_unlearn.training.gradient_masks import Saliency
-
-    weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    seen = {}
-
-    class FakeEngine:
-        parameters = [weight]
-
-        def average(self, tensors):
-            return list(tensors)
-
-        def mask(self, masks):
-            weight.grad.mul_(masks[0])
-            seen["mask"] = masks[0]
-
-    x = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    forget, retain = -(weight * x).sum(), (weight * 2).sum()
-    saliency = Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
-    saliency.add({"forget": forget, "retain": retain})
-    assert weight.grad is None
-    (forget + retain).backward()
-    saliency.apply()
-    assert seen["mask"].tolist() == [[1.0], [0.0]]
-    assert weight.grad.tolist() == [[1.0, 2.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("split_gradient", [0.0, 1.0])
-def test_every_rank_averages_before_it_asks_whether_there_is_anything_to_mask(split_gradient):
-    """A rank without forget rows of its own must still take part in the collective."""
-    from ray_unlearn.training.gradient_masks import Saliency
-
-    weight, calls = torch.nn.Parameter(torch.ones(2, 2)), []
-
-    class FakeEngine:
-        parameters = [weight]
-
-        def average(self, tensors):
-            calls.append("average")
-            return [tensor + split_gradient for tensor in tensors]
-
-        def mask(self, masks):
-            calls.append("mask")
-
-    saliency = Saliency(FakeEngine(), TrialConfig(gradient_mask="sure", mask_percentile=50.0))
-    nothing = (weight * 0.0).sum()
-    saliency.add({"forget": nothing, "retain": nothing})
-    saliency.apply()
-    assert calls == (["average", "mask"] if split_gradient else ["average"])
