@@ -20,7 +20,7 @@ from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
 from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_file, write_json, write_text
-from ray_unlearn.models.loading import check_model
+from ray_unlearn.models.loading import check_adapter, check_model
 from ray_unlearn.plugins import load_plugins
 from ray_unlearn.records import Example, Scores
 
@@ -84,6 +84,8 @@ def evaluate(
     for path in (model, reference):
         if path is not None:
             check_model(path)
+    if adapter is not None:
+        check_adapter(adapter, model)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
     names = check_inputs(metrics or [DIFFERENCES] * (reference is not None), data, reference is not None)
     if official:

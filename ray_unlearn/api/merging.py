@@ -10,7 +10,8 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.files import claim_directory, write_json, write_text
 from ray_unlearn.merging import MERGES, MergeRecipe
 from ray_unlearn.merging.recipe import Graded
-from ray_unlearn.models.loading import check_model, load_model
+from ray_unlearn.models.loading import DTYPES, check_model, load_model
+from ray_unlearn.schema import one_of
 
 
 def merge(
@@ -22,6 +23,7 @@ def merge(
     densities: Sequence[Graded] = (1.0,),
     weights: Sequence[Graded] | None = None,
     lambda_: Graded = 1.0,
+    dtype: str = "float32",
     as_adapter: bool = False,
     rank: int | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -30,7 +32,8 @@ def merge(
     """Merges adapters, snapshots or full checkpoints of one base into a model directory, or an adapter, at `out`.
 
     A density or weight for each member, or one for all; a list in place of a number is a gradient
-    over depth. `options` are the recipe's others: normalize, rescale, epsilon, gamma, seed.
+    over depth. `dtype`: what the base is taken and the model written in. `options` are the recipe's others: normalize,
+    rescale, epsilon, gamma, seed.
     """
     names = [str(member) for member in members]
     if len(set(names)) != len(names):
@@ -45,7 +48,7 @@ def merge(
     )
     if not MERGES[method].uses_density and any(density != 1.0 for density in recipe.densities):
         raise InputError(f"{method} thins nothing out: a density of {list(densities)} would change nothing; leave it.")
-    return merge_by_recipe(recipe, base, out, as_adapter=as_adapter, rank=rank, log=log)
+    return merge_by_recipe(recipe, base, out, dtype=dtype, as_adapter=as_adapter, rank=rank, log=log)
 
 
 def merge_by_recipe(
@@ -54,13 +57,15 @@ def merge_by_recipe(
     out: str | Path,
     *,
     folder: str | Path | None = None,
+    dtype: str | None = None,
     as_adapter: bool = False,
     rank: int | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """The merge that a recipe names, or the file or model card it stands in; the same bytes each time on one machine.
 
-    `base` and `folder` (what members' names are relative to) are the file's own where None.
+    `base`, `folder` (what members' names are relative to) and `dtype` (in which the base is taken and the model
+    written) are the file's own where None.
     """
     from ray_unlearn.merging.recipe_file import MERGE_FILE, MergeFile, merge_file, read_merge_file
     from ray_unlearn.models.loading import check_adapter
@@ -75,6 +80,8 @@ def merge_by_recipe(
         raise InputError("the recipe names no base model; give --base.")
     if rank is not None and not (as_adapter and rank >= 1):
         raise InputError(f"--rank belongs to --as-adapter and must be at least 1, got {rank}.")
+    dtype = dtype or given.dtype
+    one_of("dtype", dtype, DTYPES)
     place = claim_directory(out, MERGE_FILE)
     check_model(base)
     sources = given.sources(Path(folder) if folder else None)
@@ -84,25 +91,31 @@ def merge_by_recipe(
         if (source / "adapter_config.json").exists():
             check_adapter(str(source), base)
     if as_adapter:
-        _merge_into_adapter(given.recipe, base, sources, place, rank, log)
+        _merge_into_adapter(given.recipe, base, dtype, sources, place, rank, log)
     else:
         from ray_unlearn.merging.writer import write_merge
 
-        write_merge(given.recipe, base, sources, place)
+        write_merge(given.recipe, base, sources, place, dtype)
     from ray_unlearn.report.card import merge_card
 
-    content = merge_file(given.recipe, base, Path(folder) if folder else given.folder)
+    content = merge_file(given.recipe, base, Path(folder) if folder else given.folder, dtype)
     write_text(place / "README.md", merge_card(content))
     write_json(place / MERGE_FILE, content)
     return place
 
 
 def _merge_into_adapter(
-    recipe: MergeRecipe, base: str, sources: dict[str, Path], place: Path, rank: int | None, log: Callable[[str], None]
+    recipe: MergeRecipe,
+    base: str,
+    dtype: str,
+    sources: dict[str, Path],
+    place: Path,
+    rank: int | None,
+    log: Callable[[str], None],
 ) -> None:
     from ray_unlearn.merging.adapter import write_adapter
 
-    report = write_adapter(recipe, load_model(base), base, sources, place, rank)
+    report = write_adapter(recipe, load_model(base, dtype), base, sources, place, rank)
     if report.exact:
         log(f"an adapter of rank {report.rank}, exact")
     else:

@@ -6,13 +6,13 @@ It lives in an actor on the driver's node, so that no path has to be shared betw
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from ray_unlearn.files import versions
+from ray_unlearn.models.snapshot_files import write_snapshot
 from ray_unlearn.records import Scores, Snapshot, TrialRecord, save_record
 
 MAX_ATTEMPTS = 2
@@ -124,12 +124,7 @@ class Coordinator:
     async def _keep_snapshot(self, trial_id: str, content: dict[str, Any]) -> None:
         trial = self.trials[trial_id]
         name = f"{trial_id}/{content['step']:05d}"
-        folder = self.run_dir / "snapshots" / name
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        for file, data in content["files"].items():
-            (temporary / file).write_bytes(data)
-        os.replace(temporary, folder)
+        write_snapshot(self.run_dir / "snapshots" / name, content["files"])
         scores = Scores.from_json(content["scores"])
         trial["snapshots"].append(
             Snapshot(

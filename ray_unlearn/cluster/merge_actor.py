@@ -13,8 +13,8 @@ from ray_unlearn.cluster.model_transfer import WorkerSpec, open_worker_state
 from ray_unlearn.config.job import ResourcesPart
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.merging import MergeRecipe
-from ray_unlearn.merging.members import Files
 from ray_unlearn.merging.resident import Merger
+from ray_unlearn.models.snapshot_files import Files
 from ray_unlearn.records import Scores
 
 
@@ -45,7 +45,7 @@ class MergePool:
     def __init__(self, spec: WorkerSpec, members: Mapping[str, Files], resources: ResourcesPart, size: int) -> None:
         # As arrays, which Ray keeps in shared memory, the files are there once for all actors of a node.
         shareable = {
-            name: {file: np.frombuffer(data, np.uint8) for file, data in files.items()}
+            name: {file: np.frombuffer(memoryview(data), np.uint8) for file, data in files.items()}
             for name, files in members.items()
         }
         self._inputs = [ray.put(spec), ray.put(shareable)]

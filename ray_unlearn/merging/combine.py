@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -31,6 +33,28 @@ from ray_unlearn.protocols import CausalLM
 HISTOGRAMS_IN_BLOCK = 128
 
 
+@dataclass(frozen=True)
+class Change:
+    """What makes a delivered model of a base: which parameters, and their weights from the untouched ones."""
+
+    touched: Collection[str]
+    weights: Callable[[str, Tensor], Tensor]
+
+
+def merge_change(base: CausalLM, recipe: MergeRecipe, members: Mapping[str, Source]) -> Change:
+    """The change that a merge of members, by name, is; weights are bit for bit those that Merger sets."""
+    combiner = Combiner(base)
+    for name in recipe.leaves():
+        combiner.add(name, members[name])
+    return Change(combiner.touched(recipe), lambda name, tensor: combiner.weights(recipe, name, tensor))
+
+
+def member_change(base: CausalLM, name: str, source: Source) -> Change:
+    """The change that a member alone is: its own tensors as they are, or an adapter's delta added."""
+    member = Member.of(source, base, name)
+    return Change(list(member.tensors), member.weights)
+
+
 class Combiner:
     """Merges members tensor by tensor.
 
@@ -48,6 +72,7 @@ class Combiner:
         self._magnitudes: dict[tuple[str, str], Magnitudes] = {}
         self._cuts: dict[tuple[str, str, int], Cut] = {}
         self._checked: set[str] = set()
+        self._finite: set[tuple[str, str]] = set()
 
     def add(self, name: str, source: Source) -> Member:
         """Takes a member; raises InputError for one of another base."""
@@ -55,6 +80,7 @@ class Combiner:
             self._magnitudes.clear()
             self._blocks.clear()
             self._cuts.clear()
+            self._finite.clear()
         self.members[name] = Member.of(source, self.base, name)
         return self.members[name]
 
@@ -62,13 +88,28 @@ class Combiner:
         """The parameters that some member changes, in order of their names."""
         return sorted({key for member in recipe.leaves() for key in self.members[member].tensors})
 
+    def weights(self, recipe: MergeRecipe, name: str, base: Tensor) -> Tensor:
+        """The merged weights of one parameter, in the type of its untouched ones; what lies between is float32."""
+        exact = base.float()
+        return self.merged(recipe, name, exact).add_(exact).to(base.dtype)
+
     def merged(self, recipe: MergeRecipe, name: str, base: Tensor) -> Tensor:
-        """The merged delta of one parameter; `base` are its untouched weights in float32."""
+        """The merged delta of one parameter; `base` are its untouched weights in float32.
+
+        Raises InputError where a member or the result holds NaN or infinity.
+        """
         method, settings = MERGES[recipe.method], recipe.at(depth_of(name, self.layers))
         if method.on_factors:
-            return self.merged_factors(recipe, name, settings).dense().to(base.device)
-        parts = [self._thinned(recipe, place, settings, name, base) for place in range(len(recipe.members))]
-        return method.consensus(base, parts, settings)
+            result = self.merged_factors(recipe, name, settings).dense().to(base.device)
+        else:
+            parts = [self._thinned(recipe, place, settings, name, base) for place in range(len(recipe.members))]
+            result = method.consensus(base, parts, settings)
+        if not finite(result):
+            raise InputError(
+                f"the {recipe.method} merge of {recipe.members} gives NaN or infinity in {name}: its numbers are too "
+                f"large (weights {recipe.weights}, lambda {recipe.lambda_})."
+            )
+        return result
 
     def merged_factors(self, recipe: MergeRecipe, name: str, settings: Settings | None = None) -> Factors:
         """The LoRA that TIES on factors makes of those members that touch a parameter."""
@@ -102,11 +143,21 @@ class Combiner:
                 )
         self._checked.add(key)
 
+    def delta(self, member: str, name: str, base: Tensor) -> Tensor:
+        """A member's delta of one parameter; raises InputError, naming both, where it holds NaN or infinity."""
+        delta = self.members[member].delta(name, base)
+        if (member, name) not in self._finite:
+            if not finite(delta):
+                whose = member if finite(base) else "the base"
+                raise InputError(f"{whose} holds NaN or infinity in {name}; it cannot be merged.")
+            self._finite.add((member, name))
+        return delta
+
     def _delta(self, recipe: MergeRecipe, member: str, name: str, base: Tensor) -> Tensor:
         """A member's delta; of a merge, what its written weights would differ by."""
         nested = recipe.merges.get(member)
         if nested is None:
-            return self.members[member].delta(name, base)
+            return self.delta(member, name, base)
         if not any(name in self.members[leaf].tensors for leaf in nested.leaves()):
             return base.new_zeros(base.shape)
         return self.merged(nested, name, base).add_(base).sub_(base)
@@ -164,3 +215,8 @@ class Combiner:
         inner = [self.digest(nested, name) for name in nested.members]
         numbers = dataclasses.replace(nested, members=inner, merges={}).to_json()
         return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all entries are numbers; a finite sum says so at once."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.factors import Factors
-from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, ADAPTER_FILE, TENSORS_FILE, read_snapshot
+from ray_unlearn.models.adapters import read_adapter, shapes_of
+from ray_unlearn.models.snapshot_files import ADAPTER_CONFIG, TENSORS_FILE, Files, read_snapshot, read_tensors
 from ray_unlearn.models.stored_tensors import StoredTensors
 from ray_unlearn.protocols import CausalLM
 
-Files: TypeAlias = Mapping[str, Any]
-"""A member's files: bytes, or anything with their buffer, by name. Nothing is copied out of the buffer."""
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
-NOT_MERGED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+NOT_MERGED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "target_parameters",
+    "alora_invocation_tokens",
+)  # fmt: skip
 """Settings of an adapter under which its delta is not scaling * B A of linear layers."""
 
-
-Source: TypeAlias = Files | Path
+Source: TypeAlias = "Files | Path"
 """A member's files, or the directory of an adapter, a snapshot or a full checkpoint."""
 
 
@@ -37,7 +38,7 @@ class Member:
 
     name: str
     tensors: Mapping[str, Factors | Tensor]
-    content: Callable[[], Iterable[Any]]
+    content: Callable[[], Iterable[Buffer]]
     """The member's bytes, in a fixed order."""
 
     @classmethod
@@ -46,7 +47,7 @@ class Member:
 
         Of a full checkpoint the parameters are merged; buffers, integer ones among them, stay the base's.
         """
-        shapes = {key: parameter.shape for key, parameter in base.named_parameters()}
+        shapes = shapes_of(base)
         if isinstance(source, Path):
             if not ((source / ADAPTER_CONFIG).exists() or (source / TENSORS_FILE).exists()):
                 return cls._checkpoint(source, shapes, set(base.state_dict()), name)
@@ -54,7 +55,7 @@ class Member:
         files = source
         tensors: Mapping[str, Factors | Tensor]
         if TENSORS_FILE in files:
-            whole = _tensors(files[TENSORS_FILE])
+            whole = read_tensors(files[TENSORS_FILE], f"{name}/{TENSORS_FILE}")
             for key, tensor in whole.items():
                 _check_shape(name, key, tensor.shape, shapes)
             tensors = whole
@@ -95,6 +96,14 @@ class Member:
             found.update(part)
         return found.hexdigest()[:16]
 
+    def weights(self, key: str, base: Tensor) -> Tensor:
+        """The member's own weights for one tensor, in the type of the base's."""
+        entry = self.tensors[key]
+        if isinstance(entry, Factors):
+            exact = base.float()
+            return exact.add(Factors(entry.b.to(base.device), entry.a.to(base.device), entry.scaling).dense()).to(base)
+        return entry.to(base)
+
     def delta(self, key: str, base: Tensor) -> Tensor:
         """The delta of one tensor that a merge of full checkpoints would see: (base + delta) - base, rounded as such.
 
@@ -110,27 +119,17 @@ class Member:
         return change.add_(base).sub_(base)
 
 
-def _factors(files: Files, shapes: dict[str, torch.Size], name: str) -> dict[str, Factors]:
-    config = json.loads(bytes(files[ADAPTER_CONFIG]))
+def _factors(files: Files, shapes: Mapping[str, torch.Size], name: str) -> dict[str, Factors]:
+    adapter = read_adapter(files, shapes, name)
     for key in NOT_MERGED:
-        if config.get(key):
-            raise InputError(f"{name}: adapters with {key}={config[key]!r} cannot be merged here.")
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    state = _tensors(files[ADAPTER_FILE])
-    found: dict[str, Factors] = {}
-    other = [key for key in sorted(state) if not key.endswith(("lora_A.weight", "lora_B.weight"))]
-    if other:
-        raise InputError(f"{name} changes more than linear layers through LoRA: {other[:4]}. It cannot be merged here.")
-    for key in sorted(state):
-        if key.endswith("lora_A.weight"):
-            target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            b, a = state[key.replace("lora_A", "lora_B")].float(), state[key].float()
-            _check_shape(name, target, torch.Size((b.shape[0], a.shape[1])), shapes)
-            found[target] = Factors(b, a, scaling)
-    if not found:
-        raise InputError(f"{name} holds no LoRA matrices; its keys: {sorted(state)[:4]}.")
-    return found
+        if adapter.config.get(key):
+            raise InputError(f"{name}: adapters with {key}={adapter.config[key]!r} cannot be merged here.")
+    if adapter.others:
+        raise InputError(
+            f"{name} changes more than linear layers through LoRA: {sorted(adapter.others)[:4]}. It cannot be merged "
+            "here."
+        )
+    return {key: Factors(b.float(), a.float(), adapter.scaling) for key, (b, a) in adapter.pairs.items()}
 
 
 def _check_shape(member: str, name: str, shape: torch.Size, shapes: dict[str, torch.Size]) -> None:
@@ -143,29 +142,3 @@ def _check_shape(member: str, name: str, shape: torch.Size, shapes: dict[str, to
         raise InputError(
             f"{member} changes {name} of shape {list(shape)}; the base's is {list(shapes[name])}: another base."
         )
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _tensors(data: Any) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in memory, as views of it: files in Ray's store are shared by a node's actors.
-
-    https://github.com/huggingface/safetensors#format
-    """
-    view = memoryview(data).cast("B")
-    size = int.from_bytes(view[:8], "little")
-    header = json.loads(bytes(view[8 : 8 + size]))
-    found = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise InputError(f"{name} has the type {entry['dtype']}; only floating-point weights can be merged.")
-            begin, end = entry["data_offsets"]
-            dtype = DTYPES[entry["dtype"]]
-            content = view[8 + size + begin : 8 + size + end]
-            found[name] = torch.frombuffer(content, dtype=dtype).view(entry["shape"]) if end > begin else torch.empty(0)
-    return found

@@ -12,6 +12,8 @@ import yaml
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.recipe import MergeRecipe
+from ray_unlearn.models.loading import DTYPES
+from ray_unlearn.schema import one_of
 
 MERGE_FILE = "merge.json"
 CARD_BLOCK = re.compile(r"^## Merge recipe$.*?^(`{3,})yaml\n(?P<recipe>.*?)^\1$", re.MULTILINE | re.DOTALL)
@@ -25,6 +27,8 @@ class MergeFile:
     base: str | None
     folder: Path | None
     """What members' names are relative to."""
+    dtype: str = "float32"
+    """Of the base as it is merged, and of the result."""
 
     def sources(self, folder: Path | None = None) -> dict[str, Path]:
         """Members' directories by name, looked for in `folder`, else in the plan's own."""
@@ -32,9 +36,9 @@ class MergeFile:
         return {name: place / name for name in self.recipe.leaves()}
 
 
-def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None) -> dict[str, Any]:
+def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None, dtype: str = "float32") -> dict[str, Any]:
     """The content of merge.json."""
-    return {"base": base, **({"folder": str(folder)} if folder else {}), **recipe.to_json()}
+    return {"base": base, **({"folder": str(folder)} if folder else {}), "dtype": dtype, **recipe.to_json()}
 
 
 def read_merge_file(given: Path) -> MergeFile:
@@ -55,5 +59,8 @@ def read_merge_file(given: Path) -> MergeFile:
         raise InputError(f"{path} is neither JSON nor YAML: {error}.") from error
     if not isinstance(data, dict) or "members" not in data:
         raise InputError(f"{path} holds no merge recipe: a mapping with method, members, weights and densities.")
-    folder = data.get("folder")
-    return MergeFile(recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None)
+    folder, dtype = data.get("folder"), data.get("dtype", "float32")
+    one_of(f"dtype in {path}:", dtype, DTYPES)
+    return MergeFile(
+        recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None, dtype=dtype
+    )

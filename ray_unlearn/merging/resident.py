@@ -45,7 +45,7 @@ class Merger:
             if touched not in self._known:
                 self._known.add(touched)
                 self._keep(touched)
-            self.combiner.count(name, touched, member.delta(touched, self._base(touched).float()))
+            self.combiner.count(name, touched, self.combiner.delta(name, touched, self._base(touched).float()))
 
     def _keep(self, name: str) -> None:
         parameter = self._parameters[name].detach()
@@ -67,9 +67,8 @@ class Merger:
         self._restore(self._changed.difference(touched))
         with torch.no_grad():
             for name in touched:
-                base = self._base(name).float()
                 self._changed.add(name)
-                self._parameters[name].copy_(self.combiner.merged(recipe, name, base).add_(base))
+                self._parameters[name].copy_(self.combiner.weights(recipe, name, self._base(name)))
 
     def restore(self) -> None:
         """Sets the model back to the base."""

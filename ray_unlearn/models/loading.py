@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -107,34 +106,29 @@ def empty_model(path: str) -> CausalLM:
 
 
 def _with_adapter(model: CausalLM, path: str, adapter: str) -> CausalLM:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    check_adapter(adapter, path)
+    from ray_unlearn.models.adapters import read_adapter_directory, shapes_of
+
+    checked = read_adapter_directory(adapter, path, shapes_of(model))
     try:
-        return cast(CausalLM, PeftModel.from_pretrained(cast("Module", model), adapter).merge_and_unload())
-    except (RuntimeError, ValueError, KeyError) as error:
+        adapted = PeftModel.from_pretrained(cast("Module", model), adapter)
+        ignored = set(checked.names) - set(get_peft_model_state_dict(adapted))
+        if ignored:
+            raise InputError(f"PEFT has no place in {path} for {sorted(ignored)[:4]} of the adapter {adapter}.")
+        return cast(CausalLM, adapted.merge_and_unload())
+    except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"the adapter {adapter} does not fit the model {path}: {error}") from error
 
 
 def check_adapter(adapter: str, base: str) -> None:
-    """Refuses a directory that is no adapter, and one made for a base of another shape.
+    """Refuses, before any weights are loaded, an adapter directory that does not fit the model at `base`."""
+    from ray_unlearn.models.adapters import read_adapter_directory, shapes_of
 
-    Bases are compared by the settings that decide the shapes of their weights, when both are local.
-    """
-    config = Path(adapter) / "adapter_config.json"
-    if not config.exists():
-        raise InputError(f"{adapter} is no adapter directory: it has no adapter_config.json.")
-    stated = json.loads(config.read_text()).get("base_model_name_or_path") or ""
-    ours, theirs = Path(base) / "config.json", Path(stated) / "config.json"
-    if not stated or not ours.exists() or not theirs.exists() or Path(stated).resolve() == Path(base).resolve():
-        return
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
-    mine, other = json.loads(ours.read_text()), json.loads(theirs.read_text())
-    differ = [
-        f"{key} {other.get(key)!r} there, {mine.get(key)!r} here" for key in keys if mine.get(key) != other.get(key)
-    ]
-    if differ:
-        raise InputError(f"the adapter {adapter} was made for another base, {stated}: {'; '.join(differ)}.")
+    check_model(base)
+    read_adapter_directory(adapter, base, shapes_of(empty_model(base)))
 
 
 def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 
 from ray_unlearn.cluster.evaluators import score_models
-from ray_unlearn.files import versions, write_json, write_text
+from ray_unlearn.files import publish, versions, write_json, write_text
 from ray_unlearn.merging import MergeRecipe
+from ray_unlearn.merging.combine import Change, member_change, merge_change
 from ray_unlearn.merging.recipe_file import MERGE_FILE, merge_file
-from ray_unlearn.merging.resident import Merger
-from ray_unlearn.merging.writer import write_merge
-from ray_unlearn.models.loading import load_model, load_tokenizer, save_model
+from ray_unlearn.merging.writer import check_written, write_model
+from ray_unlearn.models.loading import load_model
 from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pipeline.directory import Run
+from ray_unlearn.protocols import CausalLM
 from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records
 from ray_unlearn.report import model_card
-
-AGREEMENT = 1e-5
-"""How far the written weights may be from the merge that was scored; on one machine they are the same bits."""
 
 
 def choose(members: Sequence[Candidate], weights: Sequence[float]) -> Candidate:
@@ -57,11 +58,10 @@ def deliver(run: Run, choice: Candidate) -> None:
             "nonmember_search": len(run.inputs.search_set.nonmembers),
             "nonmember_final": len(data.nonmembers),
         },
+        "written_max_difference": difference,
     }
     if reference:
         final["reference"] = reference[0][0].to_json()
-    if difference is not None:
-        final["written_max_difference"] = difference
     job = yaml.safe_load((run.dir / "job.yaml").read_text())
     write_text(run.dir / "best" / "README.md", model_card(job, final, target, versions()))
     write_json(run.dir / "final.json", final)
@@ -74,42 +74,41 @@ def recipe_of(run: Run, choice: Candidate) -> dict[str, Any]:
         snapshots = {c.id: c for c in candidates(load_records(run.dir)[0], [])}
         leaves = MergeRecipe.from_json(choice.record.recipe).leaves()
         members = {name: recipe_of(run, snapshots[name]) for name in leaves}
-        return {**choice.record.recipe, "member_trials": members}
+        return {**choice.record.recipe, "dtype": run.job.model.dtype, "member_trials": members}
     assert choice.snapshot is not None
     return {**choice.record.config, "snapshot_step": choice.snapshot.step}
 
 
-def write_best(run: Run, choice: Candidate) -> float | None:
-    """Writes best/ as a plain Hugging Face directory; for a merge, with its merge.json, returning the largest
-    difference from the weights that were scored. Raises RuntimeError when that is above 1e-5."""
-    model, tokenizer = load_model(run.model_path), load_tokenizer(run.model_path)
-    recipe = _as_merge(choice)
-    members = {name: read_snapshot(run.dir / "snapshots" / name) for name in recipe.leaves()}
-    out = run.dir / "best"
-    if choice.snapshot is not None:
-        Merger(model, members).merge(recipe)
-        save_model(model, tokenizer, out)
-        return None
-    write_merge(recipe, run.model_path, members, out)
-    write_json(out / MERGE_FILE, merge_file(recipe, run.model_path, run.dir / "snapshots"))
-    Merger(model, members).merge(recipe)
-    written = dict(load_model(str(out)).named_parameters())
-    difference = max(
-        float((parameter - written[name]).detach().abs().max()) for name, parameter in model.named_parameters()
-    )
-    if not difference <= AGREEMENT:
-        raise RuntimeError(
-            f"the written weights of {choice.id} are {difference:.2e} from those that were scored; at most "
-            f"{AGREEMENT:g} is accepted."
-        )
-    return difference
+def write_best(run: Run, choice: Candidate) -> float:
+    """Writes best/ in the job's dtype as a plain Hugging Face directory, for a merge with its merge.json.
 
-
-def _as_merge(choice: Candidate) -> MergeRecipe:
-    """A snapshot is a merge of itself alone."""
+    Returns the largest difference of the files from what the merge actors, or the trial, had in memory: the base
+    loaded in that dtype, and the same change of it. Raises RuntimeError when that is above 1e-5; an earlier best/
+    then stays.
+    """
+    dtype, out = run.job.model.dtype, run.dir / f".best.{os.getpid()}.tmp"
+    change_of: Callable[[CausalLM], Change]
     if isinstance(choice.record, MergeRecord):
-        return MergeRecipe.from_json(choice.record.recipe)
-    return MergeRecipe(method="task_arithmetic", members=[choice.id], weights=[1.0], densities=[1.0])
+        recipe = MergeRecipe.from_json(choice.record.recipe)
+        members = {name: read_snapshot(run.dir / "snapshots" / name) for name in recipe.leaves()}
+        change_of = functools.partial(merge_change, recipe=recipe, members=members)
+    else:
+        recipe = None
+        source = read_snapshot(run.dir / "snapshots" / choice.id)
+        change_of = functools.partial(member_change, name=choice.id, source=source)
+    write_model(run.model_path, change_of, out, dtype)
+    try:
+        model = load_model(run.model_path, dtype)
+        try:
+            difference = check_written(model, change_of(model), out, dtype)
+        except RuntimeError as error:
+            raise RuntimeError(f"{choice.id} was not written as it was scored: {error}") from error
+        if recipe is not None:
+            write_json(out / MERGE_FILE, merge_file(recipe, run.model_path, run.dir / "snapshots", dtype))
+        publish(out, run.dir / "best")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return difference
 
 
 def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:

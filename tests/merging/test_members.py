@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from made_merges import weights_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
@@ -109,11 +109,46 @@ def test_a_checkpoint_that_does_not_fit_is_refused(bench, checkpoint, change, me
         Member.of(folder, bench.model, "odd")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_a_member_that_holds_no_number_is_refused_by_name(
+    bench, members, base_path, checkpoint, tmp_path, value, method
+):
+    from ray_unlearn.merging.writer import write_merge
+
+    folder, state, write = checkpoint
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][2, 3] = value
+    write(state)
+    snapshot = {"changed.safetensors": save({name: state[name]})}
+    recipe = MergeRecipe(method=method, members=["odd", "full"], weights=[1.0, 1.0], densities=[0.5, 0.5])
+    for odd in (folder, snapshot):
+        with pytest.raises(InputError, match=rf"odd holds NaN or infinity in {name}"):
+            Merger(bench.model, {"odd": odd, "full": members["full"]})
+        with pytest.raises(InputError, match=rf"odd holds NaN or infinity in {name}"):
+            write_merge(recipe, base_path, {"odd": odd, "full": members["full"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_gives_no_number_is_refused_with_its_numbers(bench, members, base_path, tmp_path):
+    from ray_unlearn.merging.writer import write_merge
+
+    numbers = {"weights": [1e38], "densities": [1.0], "lambda_": 1e38}
+    recipe = MergeRecipe(method="task_arithmetic", members=["full"], **numbers)
+    merger = Merger(bench.model, members)
+    with pytest.raises(InputError, match=r"task_arithmetic merge of \['full'\] gives NaN or infinity in .*lambda 1e"):
+        merger.merge(recipe)
+    merger.restore()
+    with pytest.raises(InputError, match=r"gives NaN or infinity in model.*weights \[1e\+38\]"):
+        write_merge(recipe, base_path, members, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
 
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from ray_unlearn.merging.combine import Combiner
+    from ray_unlearn.merging.combine import merge_change
     from ray_unlearn.merging.writer import _write_tensors
     from ray_unlearn.models.stored_tensors import StoredTensors
 
@@ -133,9 +168,8 @@ def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
     state = load_file(tmp_path / "base" / "model.safetensors")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    combiner = Combiner(model)
-    combiner.add("tuned", tmp_path / "tuned")
-    _write_tensors(recipe, combiner, StoredTensors(tmp_path / "base"), tmp_path / "out")
+    change = merge_change(model, recipe, {"tuned": tmp_path / "tuned"})
+    _write_tensors(change, model, StoredTensors(tmp_path / "base"), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in written
     assert written["model.embed_tokens.weight"].equal(model.model.embed_tokens.weight)
@@ -206,37 +240,3 @@ def test_a_merge_that_changes_more_than_matrices_is_no_adapter(bench, members, b
     recipe = MergeRecipe(members=["full", "lora-a"], weights=[1.0, 1.0], densities=[0.8, 0.8])
     with pytest.raises(InputError, match=r"an adapter holds linear layers only; the merge changes .*norm"):
         write_adapter(recipe, bench.model, base_path, members, tmp_path / "out", 4)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_the_delivered_merge_is_the_scored_one_and_can_be_made_again(members, base_path, tmp_path, nested):
-    from types import SimpleNamespace
-
-    from ray_unlearn.api.merging import merge_by_recipe
-    from ray_unlearn.pipeline.selection import write_best
-    from ray_unlearn.records import Candidate, MergeRecord, Scores
-
-    for step, name in enumerate(("full", "lora-a", "lora-b")):
-        folder = tmp_path / "snapshots" / "trial-0000" / f"{step:05d}"
-        folder.mkdir(parents=True)
-        for file, content in members[name].items():
-            (folder / file).write_bytes(content)
-    ids = [f"trial-0000/{step:05d}" for step in range(3)]
-    recipe = MergeRecipe(method="dare_ties", members=ids[:2], weights=[1.0, 2.0], densities=[0.5, 0.8])
-    if nested:
-        inner = {"merge-0001": recipe}
-        recipe = MergeRecipe(members=["merge-0001", ids[2]], weights=[1.0, 1.0], densities=[0.8, 0.8], merges=inner)
-    empty = Scores(terms={}, raw={}, counts={})
-    record = MergeRecord(
-        id="merge-0002", status="finished", recipe=json.loads(json.dumps(recipe.to_json())), scores=empty
-    )
-    run = SimpleNamespace(
-        dir=tmp_path,
-        model_path=base_path,
-        job=SimpleNamespace(eval_settings=None),
-        inputs=SimpleNamespace(final_set=None),
-    )
-    assert write_best(run, Candidate(id="merge-0002", scores=empty, record=record)) == 0.0
-    merge_by_recipe(tmp_path / "best", None, tmp_path / "again")
-    first, second = (tmp_path / name / "model.safetensors" for name in ("best", "again"))
-    assert first.read_bytes() == second.read_bytes()
