@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,23 @@ def claim_file(path: str | Path | None) -> None:
     if path.is_dir():
         raise InputError(f"the output {path} is a directory; give a file's name.")
     _claim_folder(path.absolute().parent)
+
+
+def claim_files(outputs: Mapping[str, str | Path | None], inputs: Sequence[str | Path | None]) -> None:
+    """claim_file of several outputs, by the names of their flags; none may be an input, a file of an input folder, or
+    another output."""
+    taken: dict[Path, str] = {}
+    sources = [Path(source).expanduser().resolve() for source in inputs if source is not None]
+    for flag, output in outputs.items():
+        claim_file(output)
+        if output is None:
+            continue
+        path = Path(output).expanduser().resolve()
+        if path in sources or (path.exists() and any(source in path.parents for source in sources)):
+            raise InputError(f"{flag} {output} is an input of this command and would be lost; give another file.")
+        if path in taken:
+            raise InputError(f"{flag} and {taken[path]} are both {output}; give each a file of its own.")
+        taken[path] = flag
 
 
 def claim_directory(path: str | Path, marker: str) -> Path:
@@ -88,6 +107,23 @@ def git_commit() -> str | None:
         return None
     answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     return answer.stdout.strip() or None
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made where it is not there; only this user can write or read it.
+
+    Raises PermissionError for a link, a folder of another user, or one that others may write: what lies in a
+    shared place under a known name may have been prepared by somebody else.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            f"{path} is a link, belongs to another user, or can be written by others: what lies there cannot be "
+            "trusted. Remove it, or set TMPDIR to a folder of your own."
+        )
+    path.chmod(0o700)
+    return path
 
 
 def file_digest(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_unlearn.cluster.evaluators import workers as workers_of
 from ray_unlearn.data.questions import load_mmlu
-from ray_unlearn.data.rows import check_cells, load_documents, load_pair
+from ray_unlearn.data.rows import check_cells, load_membership, load_pair
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.evaluator import Evaluation, device
 from ray_unlearn.evaluation.metric_suite import DIFFERENCES, check_inputs
@@ -19,7 +19,7 @@ from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, 
 from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
 from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.files import claim_file, write_json, write_text
+from ray_unlearn.files import claim_files, write_json, write_text
 from ray_unlearn.models.loading import check_adapter, check_model
 from ray_unlearn.plugins import load_plugins
 from ray_unlearn.records import Example, Scores
@@ -74,8 +74,10 @@ def evaluate(
         raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
-    for file in (out, predictions, losses):
-        claim_file(file)
+    claim_files(
+        {"--out": out, "--predictions": predictions, "--losses": losses},
+        [model, adapter, forget, retain, mia_member, mia_nonmember, mmlu, reference],
+    )
     if official:
         settings |= OFFICIAL
         on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
@@ -125,8 +127,9 @@ def eval_set(
 ) -> EvalSet:
     """The files as an EvalSet, checked; parts without a file stay empty."""
     left, right = load_pair(forget, retain, skip_bad_rows)
-    members = load_documents(mia_member, skip_bad_rows) if mia_member else []
-    nonmembers = load_documents(mia_nonmember, skip_bad_rows) if mia_nonmember else []
+    members, nonmembers = (
+        load_membership(mia_member, mia_nonmember, skip_bad_rows) if mia_member and mia_nonmember else ([], [])
+    )
     dev, questions = load_mmlu(mmlu) if mmlu else ({}, [])
     return EvalSet(
         forget=left.examples,
@@ -155,7 +158,7 @@ def score(
 
     With the `forget` and `retain` files that were asked, every row of theirs must be there.
     """
-    claim_file(out)
+    claim_files({"--out": out}, [predictions, mia, forget, retain])
     if (forget is None) != (retain is None):
         raise InputError("give both --forget and --retain, or neither.")
     rows, places = read_predictions(predictions)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
+from ray_unlearn.files import private_folder
 from ray_unlearn.plugins import load_in_worker
 from ray_unlearn.records import Example
 
@@ -42,10 +43,11 @@ class ModelSource:
         """A path on this node; bytes are unpacked once per node, whole or not at all."""
         if not self.files:
             return self.path
-        root = Path(tempfile.gettempdir()) / f"ray_unlearn-{os.getuid()}-models"
+        root = private_folder(Path(tempfile.gettempdir()) / f"ray_unlearn-{os.getuid()}-models")
         place = root / self.digest
+        if place.exists() and not self._is_whole(place):
+            shutil.rmtree(place)
         if not place.exists():
-            root.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=root))
             for name, data in self.files.items():
                 (temporary / name).write_bytes(data)
@@ -55,6 +57,14 @@ class ModelSource:
                 shutil.rmtree(temporary, ignore_errors=True)
         single = next(iter(self.files)) if len(self.files) == 1 and self.path.endswith(".gguf") else None
         return str(place / single) if single else str(place)
+
+    def _is_whole(self, place: Path) -> bool:
+        """Whether the folder holds these files and their bytes, and no links."""
+        files = {path.name: path for path in place.iterdir()}
+        return files.keys() == self.files.keys() and all(
+            not path.is_symlink() and path.is_file() and path.read_bytes() == self.files[name]
+            for name, path in files.items()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

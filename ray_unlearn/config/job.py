@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,11 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         raise InputError(f"{path} must hold a mapping of keys to values, got {data!r:.60}.")
     for override in overrides or []:
         apply_override(data, override)
-    return from_dict(Job, _expand(data))
+    expanded = _expand(data)
+    search = data.get("search")
+    if isinstance(search, dict) and "storage" in search:
+        expanded["search"]["storage"] = search["storage"]  # its variables hold a password, and wait until it is opened
+    return from_dict(Job, expanded)
 
 
 def _expand(value: Any) -> Any:
@@ -376,7 +381,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: the value is not YAML: {error}") from error
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], where: str = "") -> list[str]:
+def differences(a: Mapping[str, object], b: Mapping[str, object], where: str = "") -> list[str]:
     """Dotted keys in which two jobs differ, with both values."""
     found = []
     for key in sorted({*a, *b}):

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.errors import InputError, unknown_name
+from ray_unlearn.errors import InputError, problem_list, unknown_name
 from ray_unlearn.files import file_digest
 from ray_unlearn.records import Example
 
 KINDS = ("sc", "qa")
-SHOWN_PROBLEMS = 20
 ROW_FIELDS = ("id", "input", "output", "task")
 ALTERNATE, PERTURBED = "alternate", "perturbed"
 """An optional column: another answer to the row, for methods that prefer it to the one to be forgotten."""
@@ -175,14 +174,6 @@ def _refuse(problems: Sequence[str], files: Sequence[_Scanned], skip_bad: bool) 
             raise InputError(f"{file.path} has no {'good ' if problems else ''}rows; at least one is needed.")
 
 
-def problem_list(what: str, problems: Sequence[str], advice: str) -> str:
-    """A refusal that lists every problem: the first twenty, then how many more."""
-    shown = list(problems[:SHOWN_PROBLEMS])
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
-    return f"{len(problems)} {what}:\n  " + "\n  ".join(shown) + f"\n{advice}"
-
-
 def load_pair(forget: str | Path, retain: str | Path, skip_bad: bool = False) -> tuple[Loaded, Loaded]:
     """Examples of a forget and a retain file, in file order; all bad rows of both are listed, or dropped and counted.
 
@@ -226,6 +217,19 @@ def _example(row: dict[str, Any]) -> Example:
         alternate=row.get(ALTERNATE),
         perturbed=tuple(row.get(PERTURBED) or ()),
     )
+
+
+def load_membership(member: str | Path, nonmember: str | Path, skip_bad: bool = False) -> tuple[list[str], list[str]]:
+    """Documents of a member and a non-member file; raises InputError where a document is in both."""
+    members, nonmembers = load_documents(member, skip_bad), load_documents(nonmember, skip_bad)
+    known = set(members)
+    both = [number for number, document in enumerate(nonmembers, start=1) if document in known]
+    if both:
+        raise InputError(
+            f"{len(both)} documents of {nonmember} are in {member} too, the first is document {both[0]}: nobody could "
+            "tell them apart, and the MIA score would flatter. Give unseen documents as non-members."
+        )
+    return members, nonmembers
 
 
 def load_documents(path: str | Path, skip_bad: bool = False) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.data.rows import find_file, kind_of, kind_problem, load_pair, problem_list, read_rows, row_problem
-from ray_unlearn.errors import InputError
+from ray_unlearn.data.rows import find_file, kind_of, kind_problem, load_pair, read_rows, row_problem
+from ray_unlearn.errors import InputError, problem_list
 from ray_unlearn.evaluation.spec import EvalSet
 
 
@@ -83,4 +83,7 @@ def read_losses(path: Path) -> tuple[list[float], list[float]]:
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("member", "nonmember")):
         raise InputError(f'{path} must be {{"member": [..], "nonmember": [..]}}, got {str(data)[:80]}.')
+    for name in ("member", "nonmember"):
+        if not data[name]:
+            raise InputError(f"{path}: {name!r} is empty; an AUC needs at least one loss on each side.")
     return data["member"], data["nonmember"]

@@ -7,11 +7,11 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_unlearn.errors import InputError
+from ray_unlearn.errors import InputError, problem_list
 from ray_unlearn.files import publish
 from ray_unlearn.protocols import CausalLM, Tokenizer
 
@@ -58,8 +58,8 @@ def load_tokenizer(path: str) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {path} cannot be loaded: {error}") from error
+    except Exception as error:  # broken files raise many kinds
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {path} has neither EOS nor padding token; generation could not stop.")
@@ -83,12 +83,30 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
         name = str(place.parent)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # GGUF's progress bar has no switch
-            model = cast(CausalLM, AutoModelForCausalLM.from_pretrained(name, **options))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the model {path} cannot be loaded: {error}") from error
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all is named at once
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as error:  # broken files raise many kinds, safetensors' and pickle's among them
+        raise InputError(f"the model {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    model, found = cast("tuple[CausalLM, dict[str, set[Any]]]", loaded)
+    _check_weights(path, model, found)
     if adapter is not None:
         model = _with_adapter(model, path, adapter)
     return model.eval()
+
+
+def _check_weights(path: str, model: CausalLM, found: Mapping[str, set[Any]]) -> None:
+    """Refuses a model whose files lack tensors, have others, or hold what is no number; `found` is what transformers
+    says of the loading. It would initialise what is missing at random, and go on."""
+    problems = [f"{name} is missing" for name in sorted(map(str, found["missing_keys"]))]
+    problems += [f"{name} is not in the model" for name in sorted(map(str, found["unexpected_keys"]))]
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        problems.append(f"{name} has the shape {list(stored)}, and the configuration wants {list(wanted)}")
+    if problems:
+        what = f"tensors of {path} do not fit its config.json"
+        raise InputError(problem_list(what, problems, "Restore the files, or config.json."))
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"the model {path} has NaN or infinity in {name}: it has diverged, and cannot be used.")
 
 
 def empty_model(path: str) -> CausalLM:

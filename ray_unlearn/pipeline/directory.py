@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ray_unlearn.config.job import Job, differences
+from ray_unlearn.config.secrets import written
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import git_commit, versions, write_json, write_text
 from ray_unlearn.pipeline.inputs import Inputs
@@ -30,7 +31,7 @@ from ray_unlearn.run_files import (
     read_front,
     read_seconds,
 )
-from ray_unlearn.schema import from_dict, to_dict
+from ray_unlearn.schema import from_dict
 
 DISK_MARGIN = 1.2
 LEFT_BY_KILLED_WRITES = (".*.tmp", ".merge-*", ".best.*.old", "records/.*.tmp", "snapshots/*/.*.tmp", "best/.*.tmp")
@@ -84,7 +85,7 @@ def claim(out: Path, job: Job) -> None:
         return
     if not isinstance(about.get("run_id"), str):
         raise InputError(f"{out / 'job.yaml'} has no run_id. {RESTORE_JOB}")
-    differ = differences(_stored_job(out, about), to_dict(job))
+    differ = differences(_stored_job(out, about), written(job))
     if differ:
         raise InputError(
             f"{out} holds a run of another job; these keys differ:\n  "
@@ -96,10 +97,10 @@ def claim(out: Path, job: Job) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _stored_job(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _stored_job(out: Path, about: dict[str, Any]) -> Mapping[str, object]:
     """The job of job.yaml with this version's defaults for keys that it did not know yet."""
     try:
-        return to_dict(from_dict(Job, about["job"], "job"))
+        return written(from_dict(Job, about["job"], "job"))
     except InputError as error:
         raise InputError(
             f"{out / 'job.yaml'} holds a job that this version does not take: {error} It is of ray-unlearn "
@@ -126,7 +127,7 @@ def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) 
     stated = {
         "format": FORMAT,
         "run_id": identity,
-        "job": to_dict(job),
+        "job": written(job),
         "versions": versions(),
         "git_commit": git_commit(),
         "plugins": {plugin.module: plugin.digest() for plugin in loaded()},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray_unlearn.config.job import DataPart, Job
 from ray_unlearn.data.questions import Question, load_mmlu
-from ray_unlearn.data.rows import check_cells, find_file, limit_documents, load_documents, load_pair
+from ray_unlearn.data.rows import check_cells, find_file, limit_documents, load_membership, load_pair
 from ray_unlearn.data.tokens import document_of
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSet
@@ -40,10 +40,9 @@ def load_inputs(job: Job, benchmark: Path | None = None) -> Inputs:
     limits = data.limit
     forget, retain = (limit_documents(loaded.examples, limits) for loaded in pair.values())
     check_cells(forget, retain)
-    members = load_documents(paths["mia_member"], data.skip_bad_rows)
+    members, nonmembers = load_membership(paths["mia_member"], paths["mia_nonmember"], data.skip_bad_rows)
     if limits is not None:
         members = _members_of(members, forget)
-    nonmembers = load_documents(paths["mia_nonmember"], data.skip_bad_rows)
     if data.mia_limit is not None:
         members, nonmembers = members[: data.mia_limit], nonmembers[: 2 * data.mia_limit]
     if len(nonmembers) < 2:

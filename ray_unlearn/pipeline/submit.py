@@ -19,6 +19,9 @@ from ray_unlearn.plugins import loaded
 from ray_unlearn.schema import to_dict
 from ray_unlearn.search.spaces import find_space
 
+JOB_FILE = "job.yaml"
+"""The job's name where it travels to: a user's own would be part of a shell's line there."""
+
 
 def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | None = None) -> int:
     """Submits the job, prints its log as it comes, and returns 0 if it succeeded, 1 if not.
@@ -33,12 +36,12 @@ def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | N
     if not address.startswith(("http://", "https://")):
         raise InputError(f"--address must be http://HOST:8265, the cluster's dashboard, got {address!r}.")
     with tempfile.TemporaryDirectory() as folder:
-        pack(job, path.stem, Path(folder))
+        pack(job, Path(folder))
         try:
             client = JobSubmissionClient(address)
             name = client.submit_job(
                 # The cluster's own interpreter: ours has another path, or another version.
-                entrypoint=f"python -m ray_unlearn run {path.stem}.yaml --out {shlex.quote(out)} --address auto",
+                entrypoint=shlex.join([*"python -m ray_unlearn run --address auto".split(), JOB_FILE, "--out", out]),
                 runtime_env={"working_dir": folder},
                 metadata={"tool": "ray_unlearn", "job": path.stem},
             )
@@ -51,21 +54,26 @@ def submit(path: Path, address: str, overrides: Sequence[str] = (), out: str | N
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-def pack(job: Job, name: str, folder: Path) -> None:
+def pack(job: Job, folder: Path) -> None:
     """Writes what travels with a job into a folder: the job with its overrides, its spaces, the plugins that
-    are loaded here, this package."""
+    are loaded here, this package.
+
+    Variables in search.storage stay variables: the cluster's environment must have them.
+    """
     data = to_dict(job)
-    spaces = []
-    for space in job.search.spaces:
-        source = find_space(space)
-        if space.endswith(".py"):
-            shutil.copy(source, folder / source.name)
-            spaces.append(source.name)
-        else:
-            spaces.append(space)
-    data["search"]["spaces"] = spaces
+    names = {space: space for space in job.search.spaces}
+    for number, space in enumerate(name for name in names if name.endswith(".py")):
+        # A folder each: two may have one file name, and both must arrive.
+        place = folder / "own_spaces" / str(number) / Path(space).name
+        place.parent.mkdir(parents=True)
+        shutil.copy(find_space(space), place)
+        names[space] = place.relative_to(folder).as_posix()
+    data["search"]["spaces"] = list(names.values())
+    for point in data["search"]["first_points"]:
+        if isinstance(point, dict) and point.get("space") in names:
+            point["space"] = names[point["space"]]
     data["plugins"] = [plugin.module for plugin in loaded()]
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    (folder / JOB_FILE).write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignore)
     for code in dict.fromkeys(plugin.code for plugin in loaded()):

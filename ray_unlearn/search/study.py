@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.trial import Trial as Trial
 
 from ray_unlearn.config.job import FirstPoint
+from ray_unlearn.config.secrets import redacted, revealed, without_secrets
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.pareto import OBJECTIVES
@@ -38,9 +39,10 @@ def open_study(storage: str, name: str, seed: int, startup: int, sampler: Sample
 
 def _storage(url: str) -> Any:
     try:
-        return optuna.storages.RDBStorage(url)
-    except Exception as error:
-        raise InputError(f"search.storage {url!r} cannot be opened: {error}") from error
+        return optuna.storages.RDBStorage(revealed(url))
+    except Exception as error:  # its traceback would show the URL too
+        reason = without_secrets(error, url)
+        raise InputError(f"search.storage {redacted(url)!r} cannot be opened: {reason}") from None
 
 
 def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:

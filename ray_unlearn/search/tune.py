@@ -46,6 +46,10 @@ class TrialSearch(Searcher):
         else:
             tell_record(self._study, trial, record, self._floor)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the study: Tune pickles its searcher into a folder, and the storage's URL may hold a password."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_study", "_asked")}
+
     def save(self, checkpoint_path: str) -> None:
         """Tune's own checkpoints are not used: a run resumes from its records and the study's storage."""
         Path(checkpoint_path).touch()

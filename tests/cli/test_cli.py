@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -357,3 +358,29 @@ def test_a_run_time_failure_exits_with_1_and_debug_shows_the_traceback(tmp_path,
 def test_module_and_console_script_are_the_same_command():
     answer = subprocess.run([sys.executable, "-m", "ray_unlearn", "methods", "--json"], capture_output=True, text=True)
     assert answer.returncode == 0 and json.loads(answer.stdout)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "{forget}"], "--out .* is an input of this command"),
+        (["--out", "{s}", "--predictions", "{forget}"], "--predictions .* is an input"),
+        (["--out", "{s}", "--predictions", "{s}"], "--predictions and --out are both"),
+        (["--out", "{model}/config.json"], "--out .* is an input"),
+    ],
+)
+def test_an_output_never_replaces_an_input_or_another_output(tmp_path, capsys, flags, message):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain", "s")}
+    for name, text in (("forget", "one"), ("retain", "two")):
+        row = {"id": f"{name}1qa0", "input": "q", "output": text, "task": "Task1"}
+        files[name].write_text(json.dumps(row) + "\n")
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    argv = ["evaluate", "--model", model, "--forget", files["forget"], "--retain", files["retain"]]
+    argv += [flag.format(model=model, **files) for flag in flags]
+    assert cli.main([str(part) for part in argv]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
