@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from small import small_job
 
 from ray_unlearn import cli
@@ -126,7 +128,11 @@ def test_evaluate_scores_a_model_and_an_adapter_for_another_base_is_refused(file
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 99}))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other), "r": 2}))
+    config = {"base_model_name_or_path": str(other), "r": 2, "lora_alpha": 2, "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 99), f"{layer}.lora_B.weight": torch.ones(99, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
     message = refused(capsys, "evaluate", *data, "--adapter", adapter, "--out", out)
     assert "another base" in message and "hidden_size 99 there, 32 here" in message
     assert "--mia-nonmember" in refused(capsys, "evaluate", *data, "--mia-member", files / "forget.jsonl", "--out", out)
