@@ -108,6 +108,13 @@ def _stored_job(out: Path, about: dict[str, Any]) -> Mapping[str, object]:
         ) from None
 
 
+def study_place(job: Job, out: Path, identity: str, name: str) -> tuple[str, str]:
+    """The storage's URL and the name of a run's study; where other runs may share the storage, with the run's id."""
+    if job.search.storage is None:
+        return f"sqlite:///{out / 'study.db'}", name
+    return job.search.storage, f"{identity}-{name}"
+
+
 def write_job(out: Path, job: Job, inputs: Inputs, space_texts: dict[str, str]) -> str:
     """Writes job.yaml: job with defaults, versions, commit, digests of plugins and data, texts of the
     spaces; returns the run's id.

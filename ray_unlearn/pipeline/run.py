@@ -9,13 +9,23 @@ from typing import Any
 from ray_unlearn.cluster.session import check_storage, cluster
 from ray_unlearn.config.job import Job, load_job
 from ray_unlearn.models.loading import check_model
-from ray_unlearn.pipeline.directory import Run, check_trials, claim, make_directory, stage, write_job, write_summary
+from ray_unlearn.pipeline.directory import (
+    Run,
+    check_trials,
+    claim,
+    make_directory,
+    stage,
+    study_place,
+    write_job,
+    write_summary,
+)
 from ray_unlearn.pipeline.inputs import Inputs, load_inputs
 from ray_unlearn.pipeline.lock import owned
 from ray_unlearn.pipeline.target import job_target
 from ray_unlearn.progress import Progress
-from ray_unlearn.records import Scores
+from ray_unlearn.records import Scores, load_records
 from ray_unlearn.report import write_report
+from ray_unlearn.run_files import read_about
 from ray_unlearn.schema import from_dict
 from ray_unlearn.search.spaces import Space, load_space
 from ray_unlearn.training.dataloader import check_rows
@@ -57,6 +67,7 @@ def _run(job: Job, out: Path, address: str | None, progress: Progress) -> RunRes
     find_sampler(job.search.sampler)
     space, texts = load_space(job.search.spaces, {"seed": job.seed} | job.search.fixed, job.search.ranges)
     configs, points = check_space(space, job.seed, job.first_points(), list(job.search.ranges))
+    _check_studies(job, out)
     inputs, model_path, reference_path = _inputs_and_target(job, out, progress)
     if job.comparison.recipes:
         from ray_unlearn.pipeline import comparison
@@ -94,6 +105,18 @@ def _resolve(job: Job | str | Path | dict[str, Any], out: str | Path | None) -> 
     if isinstance(job, Job):
         return job, place
     return (from_dict(Job, job) if isinstance(job, dict) else load_job(Path(job))), place
+
+
+def _check_studies(job: Job, out: Path) -> None:
+    """Opens the storage, before anything is built, and checks that the records are of the studies in it."""
+    from ray_unlearn.search.study import MERGES_STUDY, TRIALS_STUDY, check_study
+
+    if job.comparison.recipes:
+        return  # numbers its trials and merges without a study
+    identity = (read_about(out) or {}).get("run_id", "new")
+    trials, merges = load_records(out)
+    check_study(*study_place(job, out, identity, TRIALS_STUDY), [record.id for record in trials])
+    check_study(*study_place(job, out, identity, MERGES_STUDY), [record.id for record in merges])
 
 
 def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs, str, str | None]:

@@ -15,7 +15,7 @@ from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.pipeline import selection
-from ray_unlearn.pipeline.directory import Run, remove_unrecorded
+from ray_unlearn.pipeline.directory import Run, remove_unrecorded, study_place
 from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load_records, save_record
 from ray_unlearn.run_files import read_baseline, read_final
 from ray_unlearn.search.merge_space import Growth, MergeSpace
@@ -49,16 +49,6 @@ def worker_spec(run: Run) -> WorkerSpec:
     )
 
 
-def storage_url(run: Run) -> str:
-    """Where the studies live."""
-    return run.job.search.storage or f"sqlite:///{run.dir / 'study.db'}"
-
-
-def study_name(run: Run, name: str) -> str:
-    """A study's name; in a storage that other runs may share, with the run's own id before it."""
-    return name if run.job.search.storage is None else f"{run.id}-{name}"
-
-
 def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
     """Trials until the budget's records are there; the study goes on from where it was."""
     job = run.job
@@ -67,7 +57,7 @@ def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
         run.progress.line(f"search: {done} trials were done before")
         return
     sampler = find_sampler(job.search.sampler)
-    study = open_study(storage_url(run), study_name(run, TRIALS_STUDY), job.seed, job.search.startup, sampler)
+    study = open_study(*study_place(run.job, run.dir, run.id, TRIALS_STUDY), job.seed, job.search.startup, sampler)
     redone = recover(study, run.dir, run.floor)
     if done or redone:
         run.progress.line(f"search: {done} trials were done before, {redone} restart")
@@ -127,7 +117,7 @@ def merge(run: Run) -> None:
             f"merges: only {len(pool)} feasible snapshots" if few else f"merges: {len(done)} were done before"
         )
         return
-    study = open_study(storage_url(run), study_name(run, MERGES_STUDY), run.job.seed, plan.startup)
+    study = open_study(*study_place(run.job, run.dir, run.id, MERGES_STUDY), run.job.seed, plan.startup)
     recover_merges(study, done, run.floor)
     space = MergeSpace(
         snapshots=[c.id for c in pool],

@@ -77,7 +77,7 @@ def load_space(
     for name, path in paths.items():
         try:
             found = runpy.run_path(str(path)).get("space")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's file may call sys.exit, which must not end the run as done
             raise InputError(f"the search space {path} cannot be read: {type(error).__name__}: {error}") from error
         if not callable(found):
             raise InputError(f"the search space {path} must define `def space(trial) -> dict`.")
@@ -86,7 +86,10 @@ def load_space(
 
     def space(trial: Suggests) -> dict[str, Any]:
         name = trial.suggest_categorical("space", choices) if len(choices) > 1 else choices[0]
-        returned = functions[name](_Narrowed(trial, ranges or {}))
+        try:
+            returned = functions[name](_Narrowed(trial, ranges or {}))
+        except (Exception, SystemExit) as error:
+            raise InputError(f"the search space {name} refuses a trial: {type(error).__name__}: {error}") from error
         if not isinstance(returned, dict):
             raise InputError(f"the search space {name} must return a dict of TrialConfig fields, got {returned!r}.")
         own = options_of(returned["method"]) if returned.get("method") in METHODS else ()

@@ -41,8 +41,37 @@ def _storage(url: str) -> Any:
     try:
         return optuna.storages.RDBStorage(revealed(url))
     except Exception as error:  # its traceback would show the URL too
-        reason = without_secrets(error, url)
-        raise InputError(f"search.storage {redacted(url)!r} cannot be opened: {reason}") from None
+        raise _unusable(url, error) from None
+
+
+def _unusable(url: str, error: Exception) -> InputError:
+    why = without_secrets(error, url).partition("\n")[0]
+    return InputError(
+        f"the studies' storage {redacted(url)} cannot be opened: {type(error).__name__}: {why}. If another program has "
+        "it open, end that; if it is damaged, restore it, or give another --out; if it is search.storage, correct that."
+    )
+
+
+def check_study(storage: str, name: str, records: Sequence[str]) -> None:
+    """Opens the storage, and refuses a study that lacks trials of which there are records, as one that was deleted or
+    is an older copy: it would give their numbers again, and the records would be overwritten."""
+    opened = _storage(storage)
+    try:
+        there = name in optuna.get_all_study_names(opened)
+        trials = optuna.load_study(study_name=name, storage=opened).get_trials(deepcopy=False) if there else []
+    except Exception as error:  # whatever a damaged database makes of it
+        raise _unusable(storage, error) from None
+    last = max(records, key=_number, default=None)
+    if last is not None and _number(last) >= len(trials):
+        raise InputError(
+            f"the study {name!r} in {redacted(storage)} has {len(trials)} trials, and there is a record of {last}: the "
+            "study was deleted, or is an older copy. It would number anew and overwrite records: restore it, or give "
+            "another --out."
+        )
+
+
+def _number(record: str) -> int:
+    return int(record.rpartition("-")[2])
 
 
 def best_scores(record: TrialRecord, utility_floor: float) -> Scores | None:
@@ -121,7 +150,7 @@ def _sample(study: Study, space: Space) -> TrialConfig:
         return trial_config(space(study.ask()))
     except InputError:
         raise
-    except (TypeError, AttributeError, KeyError, ValueError) as error:  # the space's own, or a value it does not offer
+    except Exception as error:  # a value that the space does not offer
         raise InputError(f"the search space refuses a trial: {type(error).__name__}: {error}") from error
 
 

@@ -122,7 +122,7 @@ def test_a_recipe_as_first_point_fixes_its_method_and_drops_what_the_space_does_
 @pytest.mark.parametrize("point", [{"schedule": "pairedd"}, {"space": "npo"}])
 def test_a_first_point_with_a_value_that_the_space_does_not_offer_is_refused(point):
     space, _ = load_space(["ascent_kl_ce", "npo_kl_ce"], {})
-    with pytest.raises(InputError, match="the search space refuses a trial"):
+    with pytest.raises(InputError, match="the search space .*refuses a trial"):
         check_space(space, 0, [FirstPoint(point, None)])
 
 

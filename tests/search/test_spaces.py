@@ -130,3 +130,12 @@ def test_a_space_that_returns_other_things_is_refused(tmp_path):
     space, _ = load_space([str(path)], {})
     with pytest.raises(InputError, match="must return a dict"):
         space(None)
+
+
+@pytest.mark.parametrize("where", ["", "def space(trial):\n    "])
+@pytest.mark.parametrize("what", ["import sys; sys.exit(0)", "open('/no/such/file')", "raise RuntimeError('mine')"])
+def test_a_space_that_exits_or_raises_is_refused_by_name(tmp_path, where, what):
+    (tmp_path / "mine.py").write_text(where + what)
+    with pytest.raises(InputError, match=r"search space .*mine.py.*(SystemExit|FileNotFoundError|RuntimeError)"):
+        space, _ = load_space([str(tmp_path / "mine.py")], {})
+        sampled(space, 1)
