@@ -62,6 +62,11 @@ class Scores:
             raise ValueError(f"an objective was not measured: {values}")
         return values  # type: ignore[return-value]
 
+    def measured(self) -> dict[str, float]:
+        """Every number of the whole model that was measured, by name."""
+        names = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def to_json(self) -> dict[str, Any]:
         """The fields of scores.json; parts that were not measured are absent."""
         return _without_absent(dataclasses.asdict(self))

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ray_unlearn.cluster.evaluators import WorkerPool
 from ray_unlearn.cluster.evaluators import workers as workers_of
 from ray_unlearn.data.questions import load_mmlu
 from ray_unlearn.data.rows import check_cells, load_membership, load_pair
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation.evaluator import Evaluation, device
-from ray_unlearn.evaluation.metric_suite import DIFFERENCES, check_inputs
+from ray_unlearn.evaluation.evaluator import Evaluated, Evaluation, device
+from ray_unlearn.evaluation.metric_suite import check_inputs, more_metrics, of_scores
 from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
 from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_files, write_json, write_text
-from ray_unlearn.models.loading import check_adapter, check_model
+from ray_unlearn.models.loading import check_adapter, check_model, load_tokenizer
 from ray_unlearn.plugins import load_plugins
 from ray_unlearn.records import Example, Scores
 
@@ -89,18 +90,28 @@ def evaluate(
     if adapter is not None:
         check_adapter(adapter, model)
     data = eval_set(forget, retain, mia_member, mia_nonmember, mmlu, skip_bad_rows)
-    names = check_inputs(metrics or [DIFFERENCES] * (reference is not None), data, reference is not None)
+    names = check_inputs(metrics or (of_scores() if reference is not None else ()), data, reference is not None)
     if official:
         check_terms({f"{e.task}/{e.kind}" for e in data.forget})
         check_shots(data, chosen.mmlu_shots)
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
-    with workers_of(workers, gpus_per_worker, address, log) as each:
-        measured = job.measure(each, cache, log)
-        scores = job.scores(measured)
+    pool = WorkerPool(count=workers, gpus_each=gpus_per_worker, address=address)
+    with workers_of(pool, log) as who:
+        found = Evaluated(job, who, cache, log)
+        scores = found.scores
         if names:
-            more = job.more(names, measured.texts, scores, reference, each, cache, log)
-            scores = dataclasses.replace(scores, metrics=more)
-    _write_measured(data, measured, predictions, losses)
+            other = None if reference is None else replace(job, model=reference, adapter=None)
+            more = more_metrics(
+                names,
+                found,
+                load_tokenizer(model),
+                data,
+                reference=None if other is None else Evaluated(other, who, cache, log),
+                batch_size=chosen.batch_size,
+                log=log,
+            )
+            scores = replace(scores, metrics=more)
+    _write_measured(data, found.outputs, predictions, losses)
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores

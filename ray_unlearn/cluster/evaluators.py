@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_unlearn.cluster.model_transfer import ModelSource
+from ray_unlearn.cluster.session import cluster
 from ray_unlearn.config.job import Job, ResourcesPart
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation.evaluator import Each, Evaluation, Log, Scorer, _Here
+from ray_unlearn.evaluation.evaluator import Evaluation, Scorer, ThisProcess, Workers
 from ray_unlearn.evaluation.scoring import evaluate_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.plugins import load_in_worker
+from ray_unlearn.protocols import Log
 from ray_unlearn.records import Scores
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 
 def score_models(job: Job, paths: Sequence[str], eval_set: EvalSet, shared: bool) -> list[tuple[Scores, list[str]]]:
@@ -38,7 +47,7 @@ def _score(
 
 
 class ScoringActor:
-    """Scorers in a Ray actor, each loaded with the first call for it: what is wrong with it is then that call's
+    """Scorers in a Ray actor, each loaded with the first share for it: what is wrong with it is then that share's
     error."""
 
     def __init__(self) -> None:
@@ -48,55 +57,67 @@ class ScoringActor:
     def compute(
         self,
         place: int,
-        call: Callable[[Scorer], list[Any]],
+        work: Callable[[Scorer, S], list[R]],
+        share: S,
         key: tuple[str, str | None],
-        inputs: list[Any],
+        inputs: list[ObjectRef[Any]],
         threads: int,
-    ) -> tuple[int, list[Any], list[str]]:
-        """The call's place and result, and what there was to say. `inputs` are Ray references to the model's and the
-        adapter's ModelSource and to the Evaluation of this `key`; they come with every call, for an actor that starts
+    ) -> tuple[int, list[R], list[str]]:
+        """The share's place and result, and what there was to say. `inputs` are references to the Evaluation of this
+        `key` and to its model's and adapter's ModelSource; they come with every share, for an actor that starts
         again, and are fetched by the first alone."""
         if key not in self.scorers:
             import ray
 
             load_in_worker()
-            model, adapter, work = ray.get(inputs)
-            adapter_path = adapter.local() if adapter is not None else None
-            device = ray_device(threads)
-            self.scorers[key] = Scorer(
-                model.local(), adapter_path, work.dtype, work.data, work.settings, device, self.notes.append
-            )
-        return place, call(self.scorers[key]), self.notes
+            evaluation, model, adapter = ray.get(inputs)
+            here = replace(evaluation, model=model.local(), adapter=None if adapter is None else adapter.local())
+            self.scorers[key] = Scorer(here, ray_device(threads), self.notes.append)
+        return place, work(self.scorers[key], share), self.notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPool:
+    """Ray actors that share an evaluation."""
+
+    count: int = 1
+    """How many; one alone is no actor but this process."""
+    gpus_each: float = 0
+    address: str | None = None
+    """The Ray cluster to join; null to start one on this machine, or to join RAY_ADDRESS."""
 
 
 class ScoringActors:
-    """Ray actors that make calls of an Evaluation's Scorer; one that is free takes the next call."""
+    """Workers that are Ray actors, started when there is first something to do; one that is free takes the next
+    share. The cluster is left with `stack`."""
 
-    def __init__(self, resources: ResourcesPart, shared: bool, log: Callable[[str], None]) -> None:
-        import ray
-
-        self.resources, self.shared, self.log = resources, shared, log
-        self.remote = ray.remote(ScoringActor).options(
-            num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_restarts=2, max_task_retries=2
-        )
+    def __init__(self, pool: WorkerPool, stack: ExitStack, log: Log) -> None:
+        self.resources = ResourcesPart(workers=pool.count, gpus_per_worker=pool.gpus_each, dashboard=False)
+        self.address, self.stack, self.log = pool.address, stack, log
+        self.shared: bool | None = None
+        """Whether the actors can read the driver's paths; None before there is a cluster."""
         self.actors: list[Any] = []
-        self.inputs: dict[tuple[str, str | None], list[Any]] = {}
+        self.inputs: dict[tuple[str, str | None], list[ObjectRef[Any]]] = {}
         self.said: set[str] = set()
 
-    def __call__(self, evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-        """(place, result) of each call as they are done. Raises the InputError that an actor raised."""
+    def compute(
+        self, evaluation: Evaluation, work: Callable[[Scorer, S], list[R]], shares: Sequence[S]
+    ) -> Iterator[tuple[int, list[R]]]:
+        """(place, result) of each share as they are done. Raises the InputError that an actor raised."""
+        if not shares:
+            return
+        if self.shared is None:
+            self.shared = self.stack.enter_context(cluster(self.address, self.resources))
         import ray
         from ray.util import ActorPool
 
-        wanted = min(self.resources.workers, len(calls))
-        if len(self.actors) < wanted:
-            self.actors += [self.remote.remote() for _ in range(wanted - len(self.actors))]
-            self.log(f"{wanted} workers")
-        inputs, threads = self._inputs(evaluation), max(1, int(self.resources.cpus_per_worker))
+        self._start(min(self.resources.workers, len(shares)))
+        inputs, sent = self._inputs(evaluation), ray.put(work)
+        threads = max(1, int(self.resources.cpus_per_worker))
         try:
             for place, found, notes in ActorPool(self.actors).map_unordered(
-                lambda actor, place: actor.compute.remote(place, calls[place], evaluation.key, inputs, threads),
-                list(range(len(calls))),
+                lambda actor, at: actor.compute.remote(at, sent, shares[at], evaluation.key, inputs, threads),
+                list(range(len(shares))),
             ):
                 for note in notes:
                     if note not in self.said:
@@ -106,12 +127,23 @@ class ScoringActors:
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, InputError) else error) from None
 
-    def _inputs(self, evaluation: Evaluation) -> list[Any]:
+    def _start(self, wanted: int) -> None:
+        """As many actors as are wanted; those that there are stay."""
+        import ray
+
+        if len(self.actors) < wanted:
+            each = {"num_cpus": self.resources.cpus_per_worker, "num_gpus": self.resources.gpus_per_worker}
+            actor = ray.remote(ScoringActor).options(**each, max_restarts=2, max_task_retries=2)
+            self.actors += [actor.remote() for _ in range(wanted - len(self.actors))]
+            self.log(f"{wanted} workers")
+
+    def _inputs(self, evaluation: Evaluation) -> list[ObjectRef[Any]]:
         import ray
 
         if evaluation.key not in self.inputs:
+            assert self.shared is not None
             sources = [ModelSource.of(path, self.shared) if path else None for path in evaluation.key]
-            self.inputs[evaluation.key] = [ray.put(value) for value in (*sources, evaluation)]
+            self.inputs[evaluation.key] = [ray.put(value) for value in (evaluation, *sources)]
         return self.inputs[evaluation.key]
 
 
@@ -127,27 +159,10 @@ def ray_device(threads: int) -> str:
 
 
 @contextmanager
-def workers(count: int, gpus_each: float, address: str | None, log: Log) -> Iterator[Each]:
-    """Who computes: this process, or so many Ray actors, started when there is first something to do. Models stay
-    loaded until the end."""
-    if count == 1:
-        yield _Here(log)
+def workers(pool: WorkerPool, log: Log) -> Iterator[Workers]:
+    """Who computes: this process, or so many Ray actors. Models stay loaded until the end."""
+    if pool.count == 1:
+        yield ThisProcess(log)
         return
     with ExitStack() as stack:
-        actors: list[Each] = []
-
-        def each(evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-            if not calls:
-                return
-            if not actors:
-                from ray_unlearn.cluster.session import cluster
-                from ray_unlearn.config.job import ResourcesPart
-
-                resources = ResourcesPart(workers=count, gpus_per_worker=gpus_each, dashboard=False)
-                started_here = stack.enter_context(cluster(address, resources))
-                from ray_unlearn.cluster.evaluators import ScoringActors
-
-                actors.append(ScoringActors(resources, started_here, log))
-            yield from actors[0](evaluation, calls)
-
-        yield each
+        yield ScoringActors(pool, stack, log)

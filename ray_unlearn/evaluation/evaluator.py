@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.evaluation.cache import FinishedUnits, evaluation_digest
 from ray_unlearn.evaluation.generation import check_prompts
-from ray_unlearn.evaluation.metric_suite import DIFFERENCES, Work, more_metrics
 from ray_unlearn.evaluation.scoring import ModelOutputs, describe
+from ray_unlearn.evaluation.signals import RowWork
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import WorkUnit, compute, split_work
 from ray_unlearn.files import weights_digest
-from ray_unlearn.metrics import METRICS
 from ray_unlearn.models.loading import load_model, load_tokenizer
+from ray_unlearn.protocols import Log
 from ray_unlearn.records import Scores
 
-Log = Callable[[str], None]
+S = TypeVar("S")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,123 +39,46 @@ class Evaluation:
         """Which model it is."""
         return self.model, self.adapter
 
-    def measure(self, each: Each, cache: str | Path | None, log: Log) -> ModelOutputs:
-        """What the model says, loses and chooses; units found in `cache` are not computed again."""
-        units = split_work(self.data, self.settings)
-        finished = FinishedUnits(self._folder(cache, log))
-        results = finished.load(units)
-        missing = [index for index in range(len(units)) if index not in results]
-        log(f"evaluating {describe(self.data)}: {len(missing)} of {len(units)} parts to compute")
-        calls = [partial(Scorer.compute, unit=units[index]) for index in missing]
-        for done, (place, found) in enumerate(each(self, calls), start=1):
-            index = missing[place]
-            results[index] = found
-            finished.save(index, units[index], found)
-            log(f"{units[index].part}: part {done} of {len(missing)} done")
-        return ModelOutputs.of(units, [results[index] for index in range(len(units))])
-
-    def more(
-        self,
-        names: Sequence[str],
-        texts: Sequence[str],
-        scores: Scores,
-        reference: str | None,
-        each: Each,
-        cache: str | Path | None,
-        log: Log,
-    ) -> dict[str, Any]:
-        """Further metrics by name of a model with these generations and scores, the work shared out as `measure` does.
-
-        `reference` is the path of a model trained without the forget set. Where texts or scores are compared it is
-        evaluated like this one.
-        """
-        other = None if reference is None else replace(self, model=reference, adapter=None)
-        theirs = None
-        if other is not None and any(METRICS[name].family == "generation" or name == DIFFERENCES for name in names):
-            theirs = other.measure(each, cache, log)
-
-        def spread(work: Work, evaluation: Evaluation, shares: Sequence[Sequence[Any]]) -> list[list[Any]]:
-            calls = [partial(Scorer.work, work=work, rows=share) for share in shares]
-            found = dict(each(evaluation, calls))
-            return [found[place] for place in range(len(calls))]
-
-        return more_metrics(
-            names,
-            self,
-            load_tokenizer(self.model),
-            self.data,
-            texts=texts,
-            scores=scores,
-            reference=other,
-            reference_texts=None if theirs is None else theirs.texts,
-            reference_scores=None if theirs is None else self.scores(theirs),
-            batch_size=self.settings.batch_size,
-            spread=spread,
-            log=log,
-        )
-
-    def scores(self, measured: ModelOutputs) -> Scores:
-        """What was measured, as Scores."""
-        return measured.scores(self.data, self.settings, self.dtype)
-
-    def _folder(self, cache: str | Path | None, log: Log) -> Path | None:
-        if cache is None:
-            return None
-        paths = [self.model] + ([self.adapter] if self.adapter else [])
-        weights = [weights_digest(path) for path in paths]
-        if None in weights:
-            log(f"{paths[weights.index(None)]} is no local model: its scores are not cached")
-            return None
-        name = evaluation_digest(weights, self.dtype, self.data, self.settings)
-        return Path(cache).expanduser() / name
-
 
 class Scorer:
-    """A loaded model that computes one unit after another."""
+    """An evaluation's model, loaded."""
 
-    def __init__(
-        self,
-        model: str,
-        adapter: str | None,
-        dtype: str,
-        data: EvalSet,
-        settings: EvalSettings,
-        device: str,
-        log: Log = lambda line: None,
-    ) -> None:
-        self.model = load_model(model, dtype, adapter).to(device)
-        self.tokenizer = load_tokenizer(model)
-        self.data, self.settings = data, settings
-        rows = [*data.forget, *data.retain]
-        for line in check_prompts(self.model, self.tokenizer, rows, settings.max_new_tokens):
+    def __init__(self, evaluation: Evaluation, device: str, log: Log = lambda line: None) -> None:
+        e = self.evaluation = evaluation
+        self.model = load_model(e.model, e.dtype, e.adapter).to(device)
+        self.tokenizer = load_tokenizer(e.model)
+        rows = [*e.data.forget, *e.data.retain]
+        for line in check_prompts(self.model, self.tokenizer, rows, e.settings.max_new_tokens):
             log(line)
 
     def compute(self, unit: WorkUnit) -> list[Any]:
         """The unit's results."""
-        return compute(unit, self.model, self.tokenizer, self.data, self.settings)
-
-    def work(self, work: Work, rows: Sequence[Any]) -> list[Any]:
-        """What `work` makes of rows with this model."""
-        return work(self.model, rows)
+        return compute(unit, self.model, self.tokenizer, self.evaluation.data, self.evaluation.settings)
 
 
-Each = Callable[[Evaluation, Sequence[Callable[[Scorer], list[Any]]]], Iterator[tuple[int, list[Any]]]]
-"""(evaluation, calls) -> (place, result) of each call of the evaluation's Scorer, as they are done. Calls can be
-pickled."""
+class Workers(Protocol):
+    """Who computes: this process or Ray actors. They load a model when it is first asked for, and keep it."""
+
+    def compute(
+        self, evaluation: Evaluation, work: Callable[[Scorer, S], list[R]], shares: Sequence[S]
+    ) -> Iterator[tuple[int, list[R]]]:
+        """(place, what the work makes of that share) of each share, as they are done. The work can be pickled."""
 
 
-class _Here:
-    """Scorers of this process, each loaded once."""
+class ThisProcess:
+    """Workers of one process: this one."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log = lambda line: None) -> None:
         self.log, self.scorers = log, dict[tuple[str, str | None], Scorer]()
 
-    def __call__(self, evaluation: Evaluation, calls: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-        e = evaluation
-        for place, call in enumerate(calls):
-            if e.key not in self.scorers:
-                self.scorers[e.key] = Scorer(e.model, e.adapter, e.dtype, e.data, e.settings, device(), self.log)
-            yield place, call(self.scorers[e.key])
+    def compute(
+        self, evaluation: Evaluation, work: Callable[[Scorer, S], list[R]], shares: Sequence[S]
+    ) -> Iterator[tuple[int, list[R]]]:
+        """One share after another."""
+        for place, share in enumerate(shares):
+            if evaluation.key not in self.scorers:
+                self.scorers[evaluation.key] = Scorer(evaluation, device(), self.log)
+            yield place, work(self.scorers[evaluation.key], share)
 
 
 def device() -> str:
@@ -161,3 +86,62 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Evaluated:
+    """An evaluation that workers compute, each part when it is first asked for: a Subject of metrics.
+
+    Finished parts of the outputs are kept under `cache`, and not computed again.
+    """
+
+    def __init__(
+        self, evaluation: Evaluation, workers: Workers, cache: str | Path | None = None, log: Log = lambda line: None
+    ) -> None:
+        self.evaluation, self.workers, self.cache, self.log = evaluation, workers, cache, log
+
+    @cached_property
+    def outputs(self) -> ModelOutputs:
+        """What the model says, loses and chooses."""
+        data, settings = self.evaluation.data, self.evaluation.settings
+        units = split_work(data, settings)
+        finished = FinishedUnits(self._folder())
+        results = finished.load(units)
+        missing = [index for index in range(len(units)) if index not in results]
+        self.log(f"evaluating {describe(data)}: {len(missing)} of {len(units)} parts to compute")
+        shares = [units[index] for index in missing]
+        for done, (place, found) in enumerate(self.workers.compute(self.evaluation, Scorer.compute, shares), start=1):
+            index = missing[place]
+            results[index] = found
+            finished.save(index, units[index], found)
+            self.log(f"{units[index].part}: part {done} of {len(missing)} done")
+        return ModelOutputs.of(units, [results[index] for index in range(len(units))])
+
+    @property
+    def texts(self) -> list[str]:
+        """The generations for the forget rows, then the retain rows."""
+        return self.outputs.texts
+
+    @cached_property
+    def scores(self) -> Scores:
+        """What was measured, as Scores."""
+        return self.outputs.scores(self.evaluation.data, self.evaluation.settings, self.evaluation.dtype)
+
+    def compute(self, work: RowWork[R], shares: Sequence[Sequence[Encoded]]) -> list[list[R]]:
+        """What the work makes of each share of rows with this model."""
+        found = dict(self.workers.compute(self.evaluation, partial(_with_model, work), shares))
+        return [found[place] for place in range(len(shares))]
+
+    def _folder(self) -> Path | None:
+        e = self.evaluation
+        if self.cache is None:
+            return None
+        paths = [e.model] + ([e.adapter] if e.adapter else [])
+        weights = [weights_digest(path) for path in paths]
+        if None in weights:
+            self.log(f"{paths[weights.index(None)]} is no local model: its scores are not cached")
+            return None
+        return Path(self.cache).expanduser() / evaluation_digest(weights, e.dtype, e.data, e.settings)
+
+
+def _with_model(work: RowWork[R], scorer: Scorer, rows: Sequence[Encoded]) -> list[R]:
+    return work(scorer.model, rows)

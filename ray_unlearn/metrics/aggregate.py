@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
+from typing import Any
 
 from ray_unlearn.metrics.generation import exact_match, rouge_l_recall
+from ray_unlearn.metrics.membership import mia_score
+from ray_unlearn.metrics.table import Metric
 
 KIND_METRIC = {"sc": ("regurgitation", rouge_l_recall), "qa": ("knowledge", exact_match)}
 
@@ -48,3 +51,21 @@ def harmonic_mean(terms: Sequence[float]) -> float:
 def final_score(task_aggregate: float, mia: float, utility: float) -> float:
     """Arithmetic mean of the three parts."""
     return (task_aggregate + mia + utility) / 3
+
+
+def _official(compute: Callable[..., Any], formula: str, collapsed: str, best: dict[str, float]) -> Metric:
+    return Metric(
+        compute=compute, formula=formula, range=(0, 1), best=best, collapsed=collapsed,
+        source="SemEval-2025 Task 4, official evaluation",
+    )  # fmt: skip
+
+
+_KINDS = {"forget": 0.0, "retain": 1.0}
+_WHOLE: dict[str, float] = {"value": 1}
+METRICS = {
+    "regurgitation": _official(rouge_l_recall, "ROUGE-L recall of sc rows; forget terms 1 - x", "0", _KINDS),
+    "knowledge": _official(exact_match, "equality after strip().lower() of qa rows; forget terms 1 - x", "0", _KINDS),
+    "task_aggregate": _official(harmonic_mean, "harmonic mean of the terms", "0: no retain answer", _WHOLE),
+    "mia_score": _official(mia_score, "1 - 2 |AUC - 0.5|", "anything: 0 if driven out, 1 by ignorance", _WHOLE),
+    "final": _official(final_score, "mean of task aggregate, MIA score, utility", "up to 0.42", _WHOLE),
+}

@@ -1,24 +1,17 @@
-"""Bootstrap intervals: documents are drawn with replacement, all resamples at once (Efron & Tibshirani 1993)."""
+"""Bootstrap intervals of the objectives, all resamples at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from ray_unlearn.errors import InputError
 from ray_unlearn.metrics.aggregate import cell_terms, harmonic_mean
-from ray_unlearn.metrics.membership import auc, check_signals, mia_score
+from ray_unlearn.metrics.bootstrap import RESAMPLES, Floats, limits, resample
+from ray_unlearn.metrics.membership import auc, membership_resamples, mia_score
 from ray_unlearn.records import document_id
-
-RESAMPLES = 1000
-LEVEL = 0.95
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,49 +26,6 @@ class RowValue:
 def with_documents(values: Sequence[tuple[str, float]], row_ids: Sequence[str]) -> list[RowValue]:
     """What `row_values` gave, with the document of each row."""
     return [RowValue(cell, document_id(row), value) for (cell, value), row in zip(values, row_ids, strict=True)]
-
-
-def resample(units: int, resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples, units]: how often each unit is drawn when as many as there are are drawn with replacement."""
-    drawn = rng.integers(0, units, size=(resamples, units)) + units * np.arange(resamples)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * units).reshape(resamples, units).astype(np.float64)
-
-
-def limits(values: ArrayLike, estimate: float, level: float = LEVEL) -> list[float]:
-    """The bias-corrected percentile interval of resampled values (Efron 1981), widened to hold the estimate.
-
-    Resamples of a harmonic mean of small terms lie well below its estimate; plain percentiles then miss the truth
-    far more often than they should. The correction moves both quantiles by twice the estimate's own distance from
-    the resamples' median, in normal units; ties count half.
-    """
-    drawn, normal = np.asarray(values, dtype=np.float64), NormalDist()
-    least, rounding = 1 / len(drawn), 1e-12 * max(1.0, abs(estimate))
-    share = float(np.mean(drawn < estimate - rounding) + np.mean(drawn <= estimate + rounding)) / 2
-    shift = 2 * normal.inv_cdf(min(max(share, least), 1 - least))
-    reach = normal.inv_cdf((1 + level) / 2)
-    low, high = np.quantile(drawn, [normal.cdf(shift - reach), normal.cdf(shift + reach)])
-    return [min(float(low), estimate), max(float(high), estimate)]
-
-
-def ratio_interval(
-    totals: Sequence[float],
-    sizes: Sequence[float],
-    documents: Sequence[Hashable],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[float]:
-    """Interval of sum(totals) / sum(sizes) over rows, with documents as the units drawn.
-
-    Sizes of 1 make it a mean; token losses over token counts a mean token loss. Raises InputError for no rows.
-    """
-    if not len(totals):
-        raise InputError("an interval needs at least one row, got none.")
-    index = {document: place for place, document in enumerate(dict.fromkeys(documents))}
-    places = [index[document] for document in documents]
-    sums = np.stack([np.bincount(places, weights=np.asarray(part, float)) for part in (totals, sizes)], axis=1)
-    drawn = resample(len(index), resamples, np.random.default_rng(seed)) @ sums
-    return limits(drawn[:, 0] / drawn[:, 1], math.fsum(totals) / math.fsum(sizes))
 
 
 def aggregate_resamples(rows: Sequence[RowValue], resamples: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -104,34 +54,6 @@ def _harmonic_means(terms: Floats) -> Floats:
     """Of each row of terms; 0 where one of them is 0."""
     positive = (terms > 0).all(axis=1)
     return np.where(positive, terms.shape[1] / (1 / np.where(terms > 0, terms, 1.0)).sum(axis=1), 0.0)
-
-
-def membership_resamples(
-    members: Sequence[float],
-    nonmembers: Sequence[float],
-    *,
-    false_positives: float = 0.01,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[Floats, Floats]:
-    """[resamples] AUCs and TPRs at a rate of false positives, of signals that are low for members.
-
-    Members and non-members are drawn separately. A member beats the non-members above it, and half of those level
-    with it; both counts are differences of the cumulated draws of the sorted non-members. The same documents in the
-    same order and the same seed give the same draws, whatever the signals, so two models' resamples are paired.
-    Raises InputError as `auc` does.
-    """
-    check_signals(members, nonmembers)
-    mine, others = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
-    order = np.argsort(others)
-    rng = np.random.default_rng(seed)
-    drawn = resample(len(mine), resamples, rng)
-    below = np.zeros((resamples, len(others) + 1))
-    np.cumsum(resample(len(others), resamples, rng)[:, order], axis=1, out=below[:, 1:])
-    under, upto = (below[:, np.searchsorted(others[order], mine, side)] for side in ("left", "right"))
-    areas = 1 - np.einsum("bm,bm->b", drawn, under + upto) / (2 * len(mine) * len(others))
-    accepted = upto <= false_positives * len(others) + 1e-9
-    return areas, np.einsum("bm,bm->b", drawn, accepted) / len(mine)
 
 
 def mia_score_interval(area: Sequence[float]) -> list[float]:

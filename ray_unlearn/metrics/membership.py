@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_auc_score
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.metrics.bootstrap import RESAMPLES, Floats, limits, resample
+from ray_unlearn.metrics.summaries import Part, Sample
+from ray_unlearn.metrics.table import DOCUMENTS, Metric
 
 LEAST_SHARE = 0.4
 """Share of a document's tokens that min-k and min-k++ average, as in MUSE and open-unlearning."""
@@ -67,6 +70,34 @@ def _finite(signal: object) -> bool:
         return False
 
 
+def membership_resamples(
+    members: Sequence[float],
+    nonmembers: Sequence[float],
+    *,
+    false_positives: float = 0.01,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[Floats, Floats]:
+    """[resamples] AUCs and TPRs at a rate of false positives, of signals that are low for members.
+
+    Members and non-members are drawn separately. A member beats the non-members above it, and half of those level
+    with it; both counts are differences of the cumulated draws of the sorted non-members. The same documents in the
+    same order and the same seed give the same draws, whatever the signals, so two models' resamples are paired.
+    Raises InputError as `auc` does.
+    """
+    check_signals(members, nonmembers)
+    mine, others = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
+    order = np.argsort(others)
+    rng = np.random.default_rng(seed)
+    drawn = resample(len(mine), resamples, rng)
+    below = np.zeros((resamples, len(others) + 1))
+    np.cumsum(resample(len(others), resamples, rng)[:, order], axis=1, out=below[:, 1:])
+    under, upto = (below[:, np.searchsorted(others[order], mine, side)] for side in ("left", "right"))
+    areas = 1 - np.einsum("bm,bm->b", drawn, under + upto) / (2 * len(mine) * len(others))
+    accepted = upto <= false_positives * len(others) + 1e-9
+    return areas, np.einsum("bm,bm->b", drawn, accepted) / len(mine)
+
+
 # -- signals: of one document each -----------------------------------------------------------------
 
 
@@ -109,3 +140,59 @@ def _tokens(log_probs: ArrayLike) -> NDArray[np.float64]:
     if not values.size:
         raise InputError("a membership signal needs a document of at least two tokens, got none to predict.")
     return values
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def document_signals(compute: Callable[..., float], samples: Mapping[str, Sample]) -> tuple[list[float], list[float]]:
+    """The signals of members and of the others."""
+    members, others = ([compute(*signals) for signals in samples[group].signals] for group in DOCUMENTS)
+    return members, others
+
+
+def _told_apart(compute: Callable[..., float], samples: Mapping[str, Sample]) -> dict[str, Part]:
+    """How well a signal tells members: its AUC, and its TPR at 1 % FPR."""
+    signals = document_signals(compute, samples)
+    areas, rates = membership_resamples(*signals)
+    area, rate = auc(*signals), tpr_at_fpr(*signals)
+    return {
+        "auc": {"value": area, "interval": limits(areas, area)},
+        "tpr_at_1_percent_fpr": {"value": rate, "interval": limits(rates, rate)},
+    }
+
+
+def _attack(compute: Callable[..., float], signals: tuple[str, ...], formula: str, source: str) -> Metric:
+    return Metric(
+        compute=compute, signals=signals, groups=DOCUMENTS, summary=_told_apart,
+        formula=f"AUC and TPR at 1 % FPR of {formula}, low for members", range=(0, 1),
+        best={"auc": 0.5, "tpr_at_1_percent_fpr": 0.01},
+        collapsed="AUC near 0.5 by ignorance, or near 0 where the forget text was driven out; see perplexity on retain",
+        source=source,
+    )  # fmt: skip
+
+
+_LOG_PROBS = ("document_log_probs",)
+METRICS = {
+    "mia_loss": _attack(loss_signal, _LOG_PROBS, "-mean log p_t", "Yeom et al. 2018"),
+    "mia_zlib": _attack(zlib_signal, (*_LOG_PROBS, "document_text"), "loss / compressed bytes", "Carlini et al. 2021"),
+    "mia_reference": _attack(
+        reference_signal,
+        (*_LOG_PROBS, "reference_document_log_probs"),
+        "loss - loss of the reference",
+        "Carlini et al. 2021",
+    ),
+    "mia_gradient_norm": _attack(
+        gradient_norm_signal,
+        ("document_gradient_norms",),
+        "mean over parameter tensors of the loss gradient's 2-norm",
+        "Wang et al. 2024",
+    ),
+    "mia_min_k": _attack(min_k, _LOG_PROBS, "-mean of the lowest 40 % of log p_t", "Shi et al. 2023; 40 % as in MUSE"),
+    "mia_min_k_plus_plus": _attack(
+        min_k_plus_plus,
+        (*_LOG_PROBS, "document_means", "document_deviations"),
+        "min-k of (log p_t - mu_t) / sigma_t over the vocabulary",
+        "Zhang et al. 2024",
+    ),
+}

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.metrics.summaries import pooled_tokens
+from ray_unlearn.metrics.table import Metric
 
 LARGEST_EXPONENT = 700.0
 """exp of this still is a float."""
@@ -58,14 +60,11 @@ def log_truth_ratio(paraphrased: float, perturbed: Sequence[float]) -> float:
     return math.fsum(perturbed) / len(perturbed) - paraphrased
 
 
-def truth_ratio_forget(log_ratio: float) -> float:
-    """min(R, 1/R): 1 when right and wrong answers are equally probable (open-unlearning, `closer_to_1_better`)."""
-    return math.exp(-abs(log_ratio))
-
-
-def truth_ratio_retain(log_ratio: float) -> float:
-    """max(0, 1 - R): 1 when the right answer is far more probable than the wrong ones (TOFU's model utility)."""
-    return max(0.0, -math.expm1(min(log_ratio, 0.0)))
+def truth_ratio(log_ratio: float, split: str) -> float:
+    """How near a row's truth ratio R is to its best: min(R, 1/R) of a forget row, 1 when right and wrong answers are
+    equally probable (open-unlearning, `closer_to_1_better`); max(0, 1 - R) of a retain row, 1 when the right answer is
+    far more probable than the wrong ones (TOFU's model utility)."""
+    return math.exp(-abs(log_ratio)) if split == "forget" else max(0.0, -math.expm1(min(log_ratio, 0.0)))
 
 
 def _answer(values: ArrayLike) -> NDArray[np.float64]:
@@ -73,3 +72,55 @@ def _answer(values: ArrayLike) -> NDArray[np.float64]:
     if not array.size:
         raise InputError("an answer needs at least one token to be scored, got none.")
     return array
+
+
+_MEMORISED = {"forget": 0.0, "retain": 1.0}
+METRICS = {
+    "answer_probability": Metric(
+        compute=answer_probability,
+        signals=("answer_log_probs",),
+        formula="mean over rows of exp(mean_t log p_t)",
+        range=(0, 1),
+        best=_MEMORISED,
+        collapsed="0 to 1/V (V: vocabulary), on retain too",
+        source="TOFU, Maini et al. 2024, sec. 2.2",
+    ),
+    "truth_ratio": Metric(
+        compute=truth_ratio,
+        signals=("log_truth_ratio", "split"),
+        formula="R = exp(mean_j l_j - l), l mean token log-probabilities of the right and of wrong answers; "
+        "mean over forget rows of min(R, 1/R), over retain rows of max(0, 1 - R)",
+        range=(0, 1),
+        best={"forget": 1.0, "retain": 1.0},
+        collapsed="uniform: 1 on forget, 0 on retain",
+        source="TOFU, Maini et al. 2024, sec. 2.2, with its code's geometric mean over wrong answers",
+    ),
+    "exact_memorisation": Metric(
+        compute=exact_memorisation,
+        signals=("answer_matches",),
+        formula="mean over rows of mean_t [argmax p_t = y_t]",
+        range=(0, 1),
+        best=_MEMORISED,
+        collapsed="the share of the one token it says",
+        source="Tirumala et al. 2022; Wang et al. 2025, open-unlearning",
+    ),
+    "extraction_strength": Metric(
+        compute=extraction_strength,
+        signals=("answer_matches",),
+        formula="mean over rows of 1 - k/T, k the fewest leading tokens after which all others are argmax",
+        range=(0, 1),
+        best=_MEMORISED,
+        collapsed="0",
+        source="Carlini et al. 2021; Wang et al. 2025; 0 where open-unlearning's code gives 1/T",
+    ),
+    "perplexity": Metric(
+        compute=perplexity,
+        signals=("answer_log_probs",),
+        summary=pooled_tokens,
+        formula="exp(-sum log p / number of tokens) over all answer tokens of a split",
+        range=(1, math.inf),
+        best={"forget": math.inf, "retain": 1.0},
+        collapsed="V for a uniform model, far above V for a wrong and sure one; on retain too",
+        source="Jelinek et al. 1977",
+    ),
+}

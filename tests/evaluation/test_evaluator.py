@@ -133,8 +133,8 @@ def test_a_model_that_is_not_here_is_not_cached(tmp_path):
     work = evaluation.Evaluation(
         model="owner/name", adapter=None, dtype="float32", data=spec.EvalSet(), settings=EvalSettings()
     )
-    with evaluators.workers(2, 0, None, lines.append) as each:  # nothing to do: no actor is started
-        work.measure(each, tmp_path, lines.append)
+    with evaluators.workers(evaluators.WorkerPool(count=2), lines.append) as workers:  # nothing to do: no actor starts
+        assert evaluation.Evaluated(work, workers, tmp_path, lines.append).texts == []
     assert "owner/name is no local model: its scores are not cached" in lines and not list(tmp_path.iterdir())
 
 
@@ -147,15 +147,16 @@ def test_parts_from_actors_are_the_same_in_whatever_order_they_come(place, monke
     alone = api.evaluate(**options(place), reference=str(place / "model"))
     assert alone.metrics == {"score_differences": found}
 
-    def each(work, calls):
-        scorers = [evaluation.Scorer(work.model, None, "float32", work.data, work.settings, "cpu") for _ in range(3)]
-        for index in range(len(calls))[::order]:
-            yield index, pickle.loads(pickle.dumps(calls[index]))(scorers[index % 3])
+    class Three:
+        def compute(self, job, work, shares):
+            scorers = [evaluation.Scorer(job, "cpu") for _ in range(3)]
+            for index in range(len(shares))[::order]:
+                yield index, pickle.loads(pickle.dumps(work))(scorers[index % 3], shares[index])
 
     @contextmanager
-    def three(count, gpus_each, address, log):
-        assert count == 3
-        yield each
+    def three(pool, log):
+        assert pool.count == 3
+        yield Three()
 
     monkeypatch.setattr(api, "workers_of", three)
     assert api.evaluate(**options(place), workers=3, metrics=METRICS, reference=str(place / "model")) == expected

@@ -15,12 +15,15 @@ import torch
 from slow_statistics import slow_signals
 
 from ray_unlearn.data.benchmarks.embedded import members as of_members
+from ray_unlearn.data.contrasts import other_answers
 from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation.metric_suite import extra_names, more_metrics, wrong_answers
+from ray_unlearn.evaluation.metric_suite import extra_names, more_metrics
+from ray_unlearn.evaluation.signals import ModelHere
 from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
+from ray_unlearn.metrics.table import DOCUMENTS
 from ray_unlearn.models.token_statistics import gradient_norms
 from ray_unlearn.records import Example, Scores
 
@@ -59,18 +62,18 @@ def row(identity, output, task="Task2", kind="qa"):
 
 def test_wrong_answers_are_other_rows_answers_to_the_same_question():
     rows = [row(f"d{d}qa{q}", f"answer {q} of {d}") for d in range(5) for q in range(2)]
-    found = wrong_answers(rows)
+    found = other_answers(rows)
     assert found[0] == ["answer 0 of 1", "answer 0 of 2", "answer 0 of 3"]
     assert found[7] == ["answer 1 of 4", "answer 1 of 0", "answer 1 of 1"]  # in a circle
     rows = [row("d0qa0", "Yes"), row("d1qa0", " yes"), row("d2qa0", "No"), row("d3qa0", "no"), row("d4qa1", "42")]
-    assert wrong_answers(rows) == [["No"], ["No"], ["Yes"], ["Yes"], ["Yes", "No"]]  # 42 has no peer of its number
+    assert other_answers(rows) == [["No"], ["No"], ["Yes"], ["Yes"], ["Yes", "No"]]  # 42 has no peer of its number
     mixed = [row("a", "x", "T"), row("b", "y", "T"), row("c", "z", "T", "sc"), row("d", "w", "T", "sc")]
-    assert wrong_answers(mixed) == [["y"], ["x"], ["w"], ["z"]]  # ids without a number; kinds stay apart
+    assert other_answers(mixed) == [["y"], ["x"], ["w"], ["z"]]  # ids without a number; kinds stay apart
 
 
 def test_a_row_that_no_other_answer_can_contradict_is_refused():
     with pytest.raises(InputError, match=r"row 'd0qa0' has none: all rows of Task2/qa have the answer 'yes'"):
-        wrong_answers([row("d0qa0", "yes"), row("d1qa0", "Yes ")])
+        other_answers([row("d0qa0", "yes"), row("d1qa0", "Yes ")])
 
 
 def answer_signals(tiny, model, examples):
@@ -81,7 +84,7 @@ def answer_signals(tiny, model, examples):
 def test_answer_metrics_are_means_of_what_one_row_at_a_time_gives(tiny, data, other):
     found = more_metrics(
         ["answer_probability", "exact_memorisation", "extraction_strength", "perplexity"],
-        tiny.model, tiny.tokenizer, data, reference=other,
+        ModelHere(model=tiny.model), tiny.tokenizer, data, reference=ModelHere(model=other),
     )  # fmt: skip
     for split in ("forget", "retain"):
         for key, model in (("value", tiny.model), ("reference", other)):
@@ -120,11 +123,11 @@ def test_truth_ratio_and_forget_quality_use_given_or_other_rows_answers_and_keep
             for split in ("forget", "retain")
         }
         data = SimpleNamespace(**{**vars(small), **told})
-        return more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other)
+        return more_metrics(names, ModelHere(model=tiny.model), tiny.tokenizer, data, reference=ModelHere(model=other))
 
     first, with_given, again = measure({}), measure(given), measure({})
     assert first == again != with_given  # results of one setting never stand for another's
-    for found, wrong in ((first, wrong_answers(small.forget)), (with_given, [given[e.id] for e in small.forget])):
+    for found, wrong in ((first, other_answers(small.forget)), (with_given, [given[e.id] for e in small.forget])):
         ratios, theirs = (
             [slow_ratio(tiny, model, e, w) for e, w in zip(small.forget, wrong, strict=True)]
             for model in (tiny.model, other)
@@ -142,11 +145,13 @@ def test_truth_ratio_and_forget_quality_use_given_or_other_rows_answers_and_keep
         measure(given)
 
 
-MEMBERSHIP = [name for name, metric in METRICS.items() if metric.family == "membership"]
+MEMBERSHIP = [name for name, metric in METRICS.items() if metric.groups == DOCUMENTS and "auc" in metric.best]
 
 
 def test_membership_metrics_and_privleak_are_made_of_their_signals(tiny, data, other):
-    found = more_metrics([*MEMBERSHIP, "privleak"], tiny.model, tiny.tokenizer, data, reference=other)
+    found = more_metrics(
+        [*MEMBERSHIP, "privleak"], ModelHere(model=tiny.model), tiny.tokenizer, data, reference=ModelHere(model=other)
+    )
     documents = [Encoded(tuple(tiny.tokenizer(t)["input_ids"]), 1) for t in (*data.members, *data.nonmembers)]
     mine, theirs = ([slow_signals(model, one) for one in documents] for model in (tiny.model, other))
     expected = {
@@ -173,7 +178,13 @@ def test_membership_metrics_and_privleak_are_made_of_their_signals(tiny, data, o
 def test_rouge_is_over_all_rows_of_a_split(tiny, data):
     rows = [*data.forget, *data.retain]
     texts = [example.output[: 3 + index] for index, example in enumerate(rows)]
-    found = more_metrics(["rouge_l_f1"], tiny.model, tiny.tokenizer, data, texts=texts, reference=tiny.model)
+    found = more_metrics(
+        ["rouge_l_f1"],
+        ModelHere(model=tiny.model, texts=texts),
+        tiny.tokenizer,
+        data,
+        reference=ModelHere(model=tiny.model),
+    )
     count = len(data.forget)
     values = [rouge_l_f1(example.output, text) for example, text in zip(rows, texts, strict=True)]
     assert found["rouge_l_f1"]["forget"]["value"] == pytest.approx(fmean(values[:count]))
@@ -187,7 +198,7 @@ def test_a_uniform_model_scores_what_the_table_says_of_a_collapsed_one(tiny, dat
     if zeroed == "lm_head":
         model.get_output_embeddings().weight.data.zero_()
     names = ["answer_probability", "truth_ratio", "extraction_strength", "perplexity", "mia_loss", "mia_min_k"]
-    found = more_metrics(names, model, tiny.tokenizer, data)
+    found = more_metrics(names, ModelHere(model=model), tiny.tokenizer, data)
     uniform = zeroed == "lm_head"
     size = model.config.vocab_size
     for split in ("forget", "retain"):
@@ -204,29 +215,28 @@ def test_differences_from_a_reference_are_of_what_both_measured(data):
     theirs = Scores(terms={"forget/T/knowledge": 0.75}, raw={}, counts={}, task_aggregate=0.75, utility=0.5)
 
     def differences(one, other):
-        found = more_metrics(
-            ["score_differences"], None, None, data, scores=one, reference=object(), reference_scores=other
-        )["score_differences"]
+        models = [ModelHere(model=None, scores=scores) for scores in (one, other)]
+        found = more_metrics(["score_differences"], models[0], None, data, reference=models[1])["score_differences"]
         assert all(part["value"] - part["reference"] == part["difference"] for part in found.values())
         return {name: part["difference"] for name, part in found.items()}
 
     assert differences(mine, theirs) == {"task_aggregate": -0.25, "forget/T/knowledge": -0.5}
     assert set(differences(theirs, theirs).values()) == {0.0}
-    with pytest.raises(InputError, match="compares the scores of two models, and they were not given"):
-        more_metrics(["score_differences"], None, None, data, scores=mine, reference=object())
+    with pytest.raises(InputError, match="'score_differences' needs a model's scores, and they were not given"):
+        differences(mine, None)
 
 
 def test_work_may_be_spread_over_workers(tiny, data, other):
     """Workers that hold a model each and are sent the work by value."""
-    held = {"mine": tiny.model, "theirs": other}
 
-    def two_workers(work, name, shares):
-        sent = pickle.dumps(work)
-        return [pickle.loads(sent)(held[name], share) for share in shares]
+    class Elsewhere(ModelHere):
+        def compute(self, work, shares):
+            sent = pickle.dumps(work)
+            return [pickle.loads(sent)(self.model, share) for share in shares]
 
     names = ["answer_probability", "truth_ratio", "mia_min_k_plus_plus", "mia_gradient_norm"]
-    alone = more_metrics(names, tiny.model, tiny.tokenizer, data, reference=other)
-    spread = more_metrics(names, "mine", tiny.tokenizer, data, reference="theirs", spread=two_workers)
+    alone = more_metrics(names, ModelHere(model=tiny.model), tiny.tokenizer, data, reference=ModelHere(model=other))
+    spread = more_metrics(names, Elsewhere(model=tiny.model), tiny.tokenizer, data, reference=Elsewhere(model=other))
     for name, parts in alone.items():
         for part, values in parts.items():
             for key, value in values.items():
@@ -236,7 +246,7 @@ def test_work_may_be_spread_over_workers(tiny, data, other):
 def test_the_model_s_mode_is_given_back(tiny, data):
     tiny.model.train()
     try:
-        more_metrics(["perplexity", "mia_gradient_norm"], tiny.model, tiny.tokenizer, data)
+        more_metrics(["perplexity", "mia_gradient_norm"], ModelHere(model=tiny.model), tiny.tokenizer, data)
         assert tiny.model.training
     finally:
         tiny.model.eval()
@@ -261,16 +271,16 @@ def test_names_are_checked_and_official_ones_need_no_more_work():
 )
 def test_a_metric_without_its_input_is_refused_before_any_work(data, name, missing, message):
     with pytest.raises(InputError, match=message):
-        more_metrics([name], None, None, SimpleNamespace(**{**vars(data), **missing}))
+        more_metrics([name], ModelHere(model=None), None, SimpleNamespace(**{**vars(data), **missing}))
 
 
 def test_texts_that_are_not_one_for_each_row_and_documents_of_one_token_are_refused(tiny, data):
     with pytest.raises(InputError, match="one generation for each row, got 2 for"):
-        more_metrics(["rouge_l_f1"], tiny.model, tiny.tokenizer, data, texts=["a", "b"])
+        more_metrics(["rouge_l_f1"], ModelHere(model=tiny.model, texts=["a", "b"]), tiny.tokenizer, data)
     short = SimpleNamespace(**{**vars(data), "members": ["a"]})
     for name in ("mia_loss", "mia_gradient_norm"):
         with pytest.raises(InputError, match="at least two tokens to have a loss, got 'a'"):
-            more_metrics([name], tiny.model, tiny.tokenizer, short)
+            more_metrics([name], ModelHere(model=tiny.model), tiny.tokenizer, short)
 
 
 class OneToken(torch.nn.Module):
@@ -296,7 +306,8 @@ def test_a_model_of_one_token_for_ever_is_found_out_on_retain_whatever_it_scores
     said = [token for one in rows for token in one.ids[one.prompt :]]
     token = max(set(said), key=said.count)
     names = ["answer_probability", "truth_ratio", "exact_memorisation", "extraction_strength", "perplexity"]
-    found = more_metrics([*names, *MEMBERSHIP[:2]], OneToken(token, len(tiny.tokenizer)), tiny.tokenizer, data)
+    model = OneToken(token, len(tiny.tokenizer))
+    found = more_metrics([*names, *MEMBERSHIP[:2]], ModelHere(model=model), tiny.tokenizer, data)
     share = fmean(fmean(t == token for t in one.ids[one.prompt :]) for one in rows[len(data.forget) :])
     assert found["exact_memorisation"]["retain"]["value"] == pytest.approx(share)
     assert found["perplexity"]["retain"]["value"] > 1e6 * len(tiny.tokenizer)

@@ -13,6 +13,7 @@ import pytest
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.metrics import (
+    bootstrap,
     cell_terms,
     harmonic_mean,
     intervals,
@@ -21,16 +22,9 @@ from ray_unlearn.metrics import (
     row_values,
     with_documents,
 )
-from ray_unlearn.metrics.intervals import (
-    RowValue,
-    aggregate_resamples,
-    limits,
-    mean_of_parts,
-    membership_resamples,
-    mia_score_interval,
-    ratio_interval,
-    resample,
-)
+from ray_unlearn.metrics.bootstrap import limits, ratio_interval, resample
+from ray_unlearn.metrics.intervals import RowValue, aggregate_resamples, mean_of_parts, mia_score_interval
+from ray_unlearn.metrics.membership import membership_resamples
 from ray_unlearn.records import document_id
 
 
@@ -72,7 +66,8 @@ def draws(monkeypatch):
         kept.append(resample(units, resamples, rng))
         return kept[-1]
 
-    monkeypatch.setattr(intervals, "resample", recording)
+    for user in (bootstrap, intervals, membership):
+        monkeypatch.setattr(user, "resample", recording)
     return kept
 
 

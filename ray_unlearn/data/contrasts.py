@@ -1,0 +1,64 @@
+"""The wrong answers that a truth ratio holds against a row's right one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ray_unlearn.errors import InputError
+from ray_unlearn.records import Example, document_id
+
+WRONG_ANSWERS = 3
+"""Other rows' answers that a row is compared with, where the data bring no perturbed answers."""
+
+
+def wrong_answers(rows: Sequence[Example], split: str) -> list[list[str]]:
+    """Of each row of a split, its perturbed answers, or other rows' answers where no row has perturbed ones.
+
+    Raises InputError where some rows have perturbed answers and others none, and for a row that no other contradicts.
+    """
+    bare = [row.id for row in rows if not row.perturbed]
+    if bare and len(bare) < len(rows):
+        raise InputError(
+            f"{len(bare)} of the {split} set's {len(rows)} rows have no perturbed answer ({bare[0]!r} the first); "
+            "give at least one for every row of a set, or none at all."
+        )
+    return other_answers(rows) if bare else [list(row.perturbed) for row in rows]
+
+
+def other_answers(rows: Sequence[Example], count: int = WRONG_ANSWERS) -> list[list[str]]:
+    """For each row up to `count` different wrong answers: those of the rows that follow it, in a circle, among the rows
+    of its task and kind with the same question number (the last character of the id), or of its task and kind alone
+    where that number has no other answer.
+
+    Raises InputError for a row whose task and kind hold no other answer.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        for key in _peers(row):
+            groups.setdefault(key, []).append(place)
+    found = []
+    for place, row in enumerate(rows):
+        answers = next(filter(None, (_following(rows, groups[key], place, count) for key in _peers(row))), None)
+        if answers is None:
+            raise InputError(
+                f"a truth ratio needs wrong answers, and row {row.id!r} has none: all rows of {row.task}/{row.kind} "
+                f"have the answer {row.output!r:.60}. Give perturbed answers, or leave truth_ratio out."
+            )
+        found.append(answers)
+    return found
+
+
+def _peers(row: Example) -> list[tuple[str, ...]]:
+    number = row.id[-1] if document_id(row.id) != row.id else ""
+    return [(row.task, row.kind, number), (row.task, row.kind)]
+
+
+def _following(rows: Sequence[Example], group: Sequence[int], place: int, count: int) -> list[str]:
+    """Up to `count` different answers of a group's rows after the one at `place`, other than its own."""
+    start = group.index(place)
+    answers = {rows[place].output.strip().lower(): ""}
+    for other in (*group[start + 1 :], *group[:start]):
+        answers.setdefault(rows[other].output.strip().lower(), rows[other].output)
+        if len(answers) > count:
+            break
+    return list(answers.values())[1:]
