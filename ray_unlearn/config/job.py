@@ -176,6 +176,9 @@ class MergePart:
     layerwise: bool = True
     """Whether weights that change from the first layer to the last are tried too."""
     startup: int = 8
+    timeout: float | None = 7200.0
+    """Seconds for one merge, loading included, after which its actor is replaced and it has failed; null for never. One
+    merge takes about as long as scoring the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +295,7 @@ class Job:
         for name, number in at_least_0.items():
             require(number >= 0, f"{name} must be at least 0, got {number}.")
         above_0 = {
+            "merge.timeout": 1.0 if merge.timeout is None else merge.timeout,
             "target.learning_rate": self.target.learning_rate,
             "target.settings.learning_rate": learning_rate,
         }

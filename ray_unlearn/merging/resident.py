@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import Combiner
 from ray_unlearn.merging.members import Source
@@ -41,11 +42,15 @@ class Merger:
         candidates is done here."""
         self.restore()
         member = self.combiner.add(name, source)
-        for touched in member.tensors:
-            if touched not in self._known:
-                self._known.add(touched)
-                self._keep(touched)
-            self.combiner.count(name, touched, self.combiner.delta(name, touched, self._base(touched).float()))
+        try:
+            for touched in member.tensors:
+                if touched not in self._known:
+                    self._known.add(touched)
+                    self._keep(touched)
+                self.combiner.count(name, touched, self.combiner.delta(name, touched, self._base(touched).float()))
+        except InputError:
+            del self.combiner.members[name]
+            raise
 
     def _keep(self, name: str) -> None:
         parameter = self._parameters[name].detach()

@@ -18,7 +18,6 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.files import write_json, write_text
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.models.loading import empty_model
-from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pipeline.directory import Run
 from ray_unlearn.pipeline.stages import save_merge, worker_spec
 from ray_unlearn.records import Scores, Snapshot, TrialRecord, load_records
@@ -104,9 +103,8 @@ def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) ->
     ready = [entry for entry in missing if members[entry.id]]
     if not ready:
         return
-    files = {one.id: read_snapshot(run.dir / one.path) for entry in ready for one in members[entry.id]}
-    merges = MergePool(worker_spec(run), files, run.job.resources, 1)
-    try:
+    snapshots = {one.id: run.dir / one.path for entry in ready for one in members[entry.id]}
+    with MergePool(worker_spec(run), snapshots, run.job.resources, 1, run.job.merge.timeout) as merges:
         for entry in ready:
             merge = entry.recipe.merge
             made = MergeRecipe(
@@ -119,8 +117,6 @@ def _run_merges(run: Run, planned: Sequence[Entry], missing: Sequence[Entry]) ->
             merges.start(entry.id, made)
             _, scores, reason = merges.wait()
             save_merge(run, entry.id, made, scores, reason, time.monotonic() - began)
-    finally:
-        merges.close()
 
 
 def _members(run: Run, planned: Sequence[Entry], entry: Entry) -> list[Snapshot]:

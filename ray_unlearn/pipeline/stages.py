@@ -12,7 +12,6 @@ from ray_unlearn.cluster.merge_actor import MergePool
 from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 from ray_unlearn.files import versions, write_json
 from ray_unlearn.merging import MergeRecipe
-from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
 from ray_unlearn.pipeline import selection
 from ray_unlearn.pipeline.directory import Run, remove_unrecorded, study_place
@@ -127,24 +126,23 @@ def merge(run: Run) -> None:
         remerged=plan.remerged,
         layerwise=plan.layerwise,
     )
-    members = {c.id: read_snapshot(run.dir / c.snapshot.path) for c in pool if c.snapshot}
-    # As many actors as trials run side by side.
-    merges = MergePool(worker_spec(run), members, run.job.resources, min(run.job.resources.concurrency, missing))
+    snapshots = {c.id: run.dir / c.snapshot.path for c in pool if c.snapshot}
+    actors = min(run.job.resources.concurrency, missing)  # as many as trials run side by side
     run.progress.start("merges", plan.candidates, len(done))
     try:
-        search_merges(
-            study,
-            space,
-            merges,
-            functools.partial(save_merge, run),
-            growth,
-            missing=missing,
-            patience=plan.patience,
-            utility_floor=run.floor,
-        )
+        with MergePool(worker_spec(run), snapshots, run.job.resources, actors, plan.timeout) as merges:
+            search_merges(
+                study,
+                space,
+                merges,
+                functools.partial(save_merge, run),
+                growth,
+                missing=missing,
+                patience=plan.patience,
+                utility_floor=run.floor,
+            )
     finally:
         run.progress.finish()
-        merges.close()
     if growth.stalled(plan.patience):
         run.progress.line(f"merges: ended, the hypervolume has not grown for {growth.idle}")
 

@@ -262,6 +262,7 @@ def test_a_job_survives_the_round_trip_through_yaml(data):
         ({**EMBEDDED, "search": 3}, "search must be a mapping of keys to values, got 3"),
         ({**EMBEDDED, "merge": {"methods": ["dare"]}}, "merge.methods"),
         ({**EMBEDDED, "merge": {"candidates": -1}}, "merge.candidates must be at least 0"),
+        ({**EMBEDDED, "merge": {"timeout": 0}}, "merge.timeout must be a number above 0, got 0.0"),
         ({**EMBEDDED, "merge": {"max_members": 0}}, "merge.max_members must be at least 1"),
         ({**EMBEDDED, "selection": {"utility_floor": 0.0}}, r"utility_floor must be in \(0, 1\]"),
         ({**EMBEDDED, "selection": {"utility_floor": NAN}}, r"utility_floor must be in \(0, 1\]"),
