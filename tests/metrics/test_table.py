@@ -22,11 +22,15 @@ NAMES = {name for name, metric in METRICS.items() if metric.signals}
 WORDS = {"formula": "f", "range": (0, 1), "best": {"forget": 0.0}, "collapsed": "0", "source": "s"}
 
 
+TABLES = {"METRICS", "MEASURES"}
+"""Dicts whose keys are names that they give: of metrics, and of what an attack reads off a row."""
+
+
 def named(source):
-    """Names of metrics that stand in code as texts, but for the keys of a table METRICS."""
+    """Names of metrics that stand in code as texts, but for the keys of TABLES."""
     tree, keys = ast.parse(source), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["METRICS"]:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TABLES:
             keys |= {id(key) for key in getattr(node.value, "keys", ())}
     texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in NAMES]
     return [node.value for node in texts if id(node) not in keys]
