@@ -27,7 +27,8 @@ class TrialConfig:
     kl_weight: float = 1.0
     """Weight of the divergence from the reference on retain rows, where the method has it."""
     forget_on: str = "answer"
-    """Tokens of a forget row that the loss sees: `answer`, `prompt`, the whole `document`, or `all`, padding too."""
+    """Tokens of a forget row that the loss sees: `answer`, `prompt`, the whole `document`, or `all`, with the padding
+    to max_length or, without one, to the step's longest row."""
     retain_on: str = "answer"
     """The same for the cross-entropy on retain rows."""
     kl_on: str = "document"
@@ -96,6 +97,8 @@ class TrialConfig:
     """Module names that get adapters, or `all-linear` (every linear layer but the head)."""
     forget_eos: bool = False
     """Whether forget rows end in EOS. Under ascent that would train the model not to stop."""
+    retain_eos: bool = True
+    """Whether retain rows end in EOS, which teaches the model to stop after an answer."""
     max_length: int | None = None
     """Tokens kept of a training row (cut on the right); None for the model's own limit."""
     zero_stage: int = 0

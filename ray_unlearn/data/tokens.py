@@ -77,9 +77,9 @@ class Batch:
         return {"answer": self.answer, "document": self.document, "all": torch.ones_like(self.document)}[on]
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Rows to a batch as long as its longest row."""
-    length = max(2, max(len(row.ids) for row in rows))
+def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "cpu", length: int = 0) -> Batch:
+    """Rows to a batch as long as its longest row, or as `length` tokens where that is longer."""
+    length = max(2, length, *(len(row.ids) for row in rows))
     lengths = torch.tensor([len(row.ids) for row in rows])
     prompts = torch.tensor([row.prompt for row in rows])
     ids = torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])

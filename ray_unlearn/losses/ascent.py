@@ -5,58 +5,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, scatter_tokens
-from ray_unlearn.losses.table import Loss, Method, Option
+from ray_unlearn.losses.rows import mean, row_mean, scatter_tokens, token_mean
+from ray_unlearn.losses.table import Method, Option, mean_loss
 
 
-def cross_entropy(logps: Tensor, mask: Tensor) -> Tensor:
-    """(logps [B,T], mask [B,T]) -> []: mean over rows of each row's mean token cross-entropy, in nats.
-
-    Each row counts once whatever its length (AILS-NTUA's normalisation), so a batch may be split
-    between workers without changing the sum; transformers' own loss pools the tokens instead.
-    """
-    return row_mean(-logps, mask).mean()
+def cross_entropy(logps: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
+    """(logps [B,T], mask [B,T]) -> []: mean token cross-entropy, in nats; which mean, by `rows.mean`."""
+    return mean(-logps, mask, pool)
 
 
-def gradient_ascent(logps: Tensor, mask: Tensor, bound: float | None = None) -> Tensor:
+def gradient_ascent(logps: Tensor, mask: Tensor, bound: float | None = None, pool: bool = False) -> Tensor:
     """(logps [B,T], mask [B,T]) -> []: minus the cross-entropy; rows at or above `bound` nats per token stop pushing.
 
     Minimising -min(CE, bound) has no gradient on a row already as surprising as `bound`, which keeps
-    ascent from running away. Unbounded: TOFU (arXiv 2401.06121), gradient ascent.
+    ascent from running away; with `pool` all rows are bounded as one. Unbounded: TOFU (arXiv 2401.06121), gradient
+    ascent.
     """
-    nll = row_mean(-logps, mask)
+    nll = token_mean(-logps, mask) if pool else row_mean(-logps, mask)
     return -(nll if bound is None else torch.where(nll < bound, nll, bound)).mean()
 
 
-def weighted_ascent(logps: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
+def weighted_ascent(logps: Tensor, mask: Tensor, beta: float = 1.0, pool: bool = False) -> Tensor:
     """(logps [B,T], mask [B,T]) -> []: weighted gradient ascent, mean of p^beta log p, p^beta without gradient.
 
-    Tokens already improbable hardly count. Wang et al. 2025 (arXiv 2502.19301), WGA; mean over rows
-    of each row's mean, where open-unlearning pools the batch's tokens.
+    Tokens already improbable hardly count. Wang et al. 2025 (arXiv 2502.19301), WGA.
     """
-    return row_mean((beta * logps).exp().detach() * logps, mask).mean()
+    return mean((beta * logps).exp().detach() * logps, mask, pool)
 
 
-def satimp(logps: Tensor, mask: Tensor, beta1: float = 5.0, beta2: float = 1.0) -> Tensor:
+def satimp(logps: Tensor, mask: Tensor, beta1: float = 5.0, beta2: float = 1.0, pool: bool = False) -> Tensor:
     """(logps [B,T], mask [B,T]) -> []: mean of p^beta1 (1-p)^beta2 log p, the weight without gradient.
 
-    Saturation and importance weights: Yang et al. 2025 (arXiv 2505.11953), SatImp; rows as in
-    weighted_ascent.
+    Saturation and importance weights: Yang et al. 2025 (arXiv 2505.11953), SatImp.
     """
     p = logps.exp()
-    return row_mean((p**beta1 * (1 - p) ** beta2).detach() * logps, mask).mean()
+    return mean((p**beta1 * (1 - p) ** beta2).detach() * logps, mask, pool)
 
 
-def logit_margin(logits: Tensor, mask: Tensor) -> Tensor:
-    """(logits [N,V], mask [B,T]) -> []: squared distance of the largest logit from the mean logit, per row.
+def logit_margin(logits: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
+    """(logits [N,V], mask [B,T]) -> []: squared distance of the largest logit from the mean logit.
 
     Zero for a uniform distribution: bounded below, unlike ascent. The forget term of PDU (Entesari et
-    al. 2025, arXiv 2506.05314); rows as in weighted_ascent.
+    al. 2025, arXiv 2506.05314).
     """
-    return row_mean(scatter_tokens((logits.amax(-1) - logits.mean(-1)) ** 2, mask), mask).mean()
+    return mean(scatter_tokens((logits.amax(-1) - logits.mean(-1)) ** 2, mask), mask, pool)
 
 
 OPTIONS = {
+    "pool_tokens": Option(
+        hint=bool,
+        default=False,
+        meaning="whether means are over all tokens of a micro-batch alike, as in most published code; else each row "
+        "counts once",
+    ),
     "ascent_bound": Option(
         hint=float | None,
         default=None,
@@ -68,13 +69,13 @@ OPTIONS = {
     "satimp_beta2": Option(hint=float, default=1.0, at_least=0, meaning="power of 1 - p in SatImp's weight"),
 }
 LOSSES = {
-    "cross_entropy": Loss(compute=cross_entropy, tensors=("logps", "mask")),
-    "gradient_ascent": Loss(compute=gradient_ascent, tensors=("logps", "mask"), options={"bound": "ascent_bound"}),
-    "weighted_ascent": Loss(compute=weighted_ascent, tensors=("logps", "mask"), options={"beta": "wga_beta"}),
-    "satimp": Loss(
+    "cross_entropy": mean_loss(compute=cross_entropy, tensors=("logps", "mask")),
+    "gradient_ascent": mean_loss(compute=gradient_ascent, tensors=("logps", "mask"), options={"bound": "ascent_bound"}),
+    "weighted_ascent": mean_loss(compute=weighted_ascent, tensors=("logps", "mask"), options={"beta": "wga_beta"}),
+    "satimp": mean_loss(
         compute=satimp, tensors=("logps", "mask"), options={"beta1": "satimp_beta1", "beta2": "satimp_beta2"}
     ),
-    "logit_margin": Loss(compute=logit_margin, tensors=("logits", "mask")),
+    "logit_margin": mean_loss(compute=logit_margin, tensors=("logits", "mask")),
 }
 METHODS = {
     "grad_ascent": Method(

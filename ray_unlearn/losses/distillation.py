@@ -9,12 +9,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, scatter_tokens, token_mean
-from ray_unlearn.losses.table import Loss, Method, Option
+from ray_unlearn.losses.rows import mean, scatter_tokens, token_mean
+from ray_unlearn.losses.table import Loss, Method, Option, mean_loss
 
 
-def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str = "reference") -> Tensor:
-    """(logits [N,V], ref_logits [N,V], mask [B,T]) -> []: KL between two models, mean over rows of each row's mean.
+def kl_divergence(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: str = "reference", pool: bool = False
+) -> Tensor:
+    """(logits [N,V], ref_logits [N,V], mask [B,T]) -> []: KL between two models, mean as by `rows.mean`.
 
     `reference`: KL(ref || model), the direction of TOFU's and ZJUKLAB's code; `model`: KL(model || ref).
     Padding counts only where the mask says `all` (published code averages over it, which dilutes the
@@ -22,7 +24,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor, direction: s
     """
     ours, theirs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     weigh, against = (theirs, ours) if direction == "reference" else (ours, theirs)
-    return row_mean(scatter_tokens((weigh.exp() * (weigh - against)).sum(-1), mask), mask).mean()
+    return mean(scatter_tokens((weigh.exp() * (weigh - against)).sum(-1), mask), mask, pool)
 
 
 def target_kl(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
@@ -33,17 +35,21 @@ def target_kl(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
     return token_mean(ref_logps.exp() * (ref_logps - logps), mask)
 
 
-def renyi_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor, alpha: float = 0.5) -> Tensor:
+def renyi_divergence(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor, alpha: float = 0.5, pool: bool = False
+) -> Tensor:
     """(logits [N,V], ref_logits [N,V], mask [B,T]) -> []: Renyi divergence of order alpha of ref from model.
 
-    log(sum p_ref^alpha p^(1-alpha)) / (alpha - 1), mean over rows of each row's mean; KL(ref || model)
-    as alpha goes to 1. Renyi 1961.
+    log(sum p_ref^alpha p^(1-alpha)) / (alpha - 1), mean as by `rows.mean`; KL(ref || model) as alpha goes to 1.
+    Renyi 1961.
     """
     mixed = alpha * ref_logits.log_softmax(-1) + (1 - alpha) * logits.log_softmax(-1)
-    return row_mean(scatter_tokens(mixed.logsumexp(-1) / (alpha - 1), mask), mask).mean()
+    return mean(scatter_tokens(mixed.logsumexp(-1) / (alpha - 1), mask), mask, pool)
 
 
-def undial(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 10.0) -> Tensor:
+def undial(
+    logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 10.0, pool: bool = False
+) -> Tensor:
     """(logits [N,V], ref_logits [N,V], targets [N], mask [B,T]) -> []: cross-entropy against an adjusted reference.
 
     The teacher is softmax(ref_logits - beta onehot(target)): Dong et al. 2024 (arXiv 2402.10052).
@@ -51,10 +57,10 @@ def undial(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, be
     """
     lowered = ref_logits - beta * F.one_hot(targets, ref_logits.shape[-1])
     pointwise = -(lowered.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    return row_mean(scatter_tokens(pointwise, mask), mask).mean()
+    return mean(scatter_tokens(pointwise, mask), mask, pool)
 
 
-def ce_u(logits: Tensor, targets: Tensor, mask: Tensor, skip: int = 1) -> Tensor:
+def ce_u(logits: Tensor, targets: Tensor, mask: Tensor, skip: int = 1, pool: bool = False) -> Tensor:
     """(logits [N,V], targets [N], mask [B,T]) -> []: cross-entropy against the model's own rest of the distribution.
 
     The teacher is softmax of the model's logits, without gradient, with the target's at minus infinity:
@@ -62,15 +68,15 @@ def ce_u(logits: Tensor, targets: Tensor, mask: Tensor, skip: int = 1) -> Tensor
     """
     teacher = logits.detach().scatter(-1, targets[:, None], -math.inf).softmax(-1)
     later = mask & (mask.cumsum(1) > skip)
-    return row_mean(scatter_tokens(-(teacher * logits.log_softmax(-1)).sum(-1), mask), later).mean()
+    return mean(scatter_tokens(-(teacher * logits.log_softmax(-1)).sum(-1), mask), later, pool)
 
 
-def noise_kl(logits: Tensor, noise: Tensor, mask: Tensor) -> Tensor:
+def noise_kl(logits: Tensor, noise: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
     """(logits [N,V], noise [N,V], mask [B,T]) -> []: KL(teacher || model) for a teacher of random logits.
 
     MALTO's second teacher (SemEval-2025 Task 4): standard normal logits, drawn anew for each batch.
     """
-    return kl_divergence(logits, noise, mask)
+    return kl_divergence(logits, noise, mask, pool=pool)
 
 
 OPTIONS = {
@@ -91,24 +97,24 @@ def _always(options: Mapping[str, Any]) -> bool:
 
 
 LOSSES = {
-    "kl_divergence": Loss(
+    "kl_divergence": mean_loss(
         compute=kl_divergence,
         tensors=("logits", "ref_logits", "mask"),
         options={"direction": "kl_direction"},
         part="kl",
     ),
     "target_kl": Loss(compute=target_kl, tensors=("logps", "ref_logps", "mask"), part="kl", pools=_always),
-    "renyi_divergence": Loss(
+    "renyi_divergence": mean_loss(
         compute=renyi_divergence,
         tensors=("logits", "ref_logits", "mask"),
         options={"alpha": "renyi_alpha"},
         part="kl",
     ),
-    "undial": Loss(
+    "undial": mean_loss(
         compute=undial, tensors=("logits", "ref_logits", "targets", "mask"), options={"beta": "undial_beta"}
     ),
-    "ce_u": Loss(compute=ce_u, tensors=("logits", "targets", "mask"), options={"skip": "ce_u_skip"}),
-    "noise_kl": Loss(compute=noise_kl, tensors=("logits", "noise", "mask")),
+    "ce_u": mean_loss(compute=ce_u, tensors=("logits", "targets", "mask"), options={"skip": "ce_u_skip"}),
+    "noise_kl": mean_loss(compute=noise_kl, tensors=("logits", "noise", "mask")),
 }
 METHODS = {
     "undial": Method(

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ray_unlearn.losses.rows import row_mean, scatter_tokens
-from ray_unlearn.losses.table import Loss, Method, Option
+from ray_unlearn.losses.rows import mean, scatter_tokens
+from ray_unlearn.losses.table import Method, Option, mean_loss
 
 
-def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
+def rmu(hidden: Tensor, control: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
     """(hidden [N,H], control [B,H], mask [B,T]) -> []: squared distance of hidden states from their row's control.
 
-    Mean over H, over a row's masked tokens, over rows: Li et al. 2024 (arXiv 2403.03218), the forget loss.
+    Mean over H, then as by `rows.mean`: Li et al. 2024 (arXiv 2403.03218), the forget loss.
     """
     wanted = control.repeat_interleave(mask.sum(1), dim=0)
-    return row_mean(scatter_tokens((hidden - wanted).square().mean(-1), mask), mask).mean()
+    return mean(scatter_tokens((hidden - wanted).square().mean(-1), mask), mask, pool)
 
 
-def hidden_mse(hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+def hidden_mse(hidden: Tensor, ref_hidden: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
     """(hidden [N,H], ref_hidden [N,H], mask [B,T]) -> []: squared distance from the untrained model's hidden states.
 
     Mean as in `rmu`: its retain term (arXiv 2403.03218).
     """
-    return row_mean(scatter_tokens((hidden - ref_hidden).square().mean(-1), mask), mask).mean()
+    return mean(scatter_tokens((hidden - ref_hidden).square().mean(-1), mask), mask, pool)
 
 
 def control_vector(size: int, generator: torch.Generator) -> Tensor:
@@ -53,8 +53,8 @@ OPTIONS = {
     ),
 }
 LOSSES = {
-    "rmu": Loss(compute=rmu, tensors=("hidden", "control", "mask")),
-    "hidden_mse": Loss(compute=hidden_mse, tensors=("hidden", "ref_hidden", "mask")),
+    "rmu": mean_loss(compute=rmu, tensors=("hidden", "control", "mask")),
+    "hidden_mse": mean_loss(compute=hidden_mse, tensors=("hidden", "ref_hidden", "mask")),
 }
 METHODS = {
     "rmu": Method(

@@ -21,6 +21,15 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
+def mean(values: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
+    """(values [B,T], mask [B,T]) -> []: mean over rows of each row's mean; with `pool`, over all masked tokens alike.
+
+    Rows that count once whatever their length (AILS-NTUA's normalisation) may be split between workers without
+    changing the sum. Pooled, as by transformers' own loss and in most published code, long rows weigh more.
+    """
+    return token_mean(values, mask) if pool else row_mean(values, mask).mean()
+
+
 def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """(values [N], mask [B,T]) -> [B,T]: values of the masked tokens, in row-major order, back in their places."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -58,6 +58,19 @@ class Loss:
         return "ref_logits" in self.tensors or "ref_hidden" in self.tensors
 
 
+def mean_loss(
+    compute: Callable[..., Any], tensors: tuple[str, ...], options: Mapping[str, str] | None = None, **more: Any
+) -> Loss:
+    """A Loss that is a mean of values of tokens, and takes `pool` as `rows.mean` does."""
+    return Loss(
+        compute=compute,
+        tensors=tensors,
+        options={**(options or {}), "pool": "pool_tokens"},
+        pools=lambda chosen: bool(chosen["pool_tokens"]),
+        **more,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method: the loss of the forget rows and the losses of the retain rows, by name in LOSSES."""

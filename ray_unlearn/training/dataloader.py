@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ class TrialData:
 
     forget: Sequence[RowGroup]
     retain: Sequence[RowGroup]
+    max_length: int | None = None
+    """Tokens that rows were cut to, where the trial says so."""
+
+    def padded_length(self, step: Step) -> int:
+        """Tokens that a row has with the padding that `all` counts: `max_length`, or those of the step's longest row.
+
+        So a term on `all` is the same however the step's rows fall into passes, micro-batches and ranks. ZJUKLAB's
+        code pads to its max_length, and so does TOFU's; open-unlearning's pads each micro-batch to its longest row.
+        """
+        units = [*(self.forget[i] for i in step.forget), *(self.retain[i] for i in step.retain)]
+        return self.max_length or max((len(row.tokens.ids) for unit in units for row in unit), default=0)
 
     def units(self, step: Step, slot: int, slots: int) -> list[RowGroup]:
         """One slot's share of a step's rows, forget rows first; every slots-th of each."""
@@ -77,7 +88,7 @@ def make_trial_data(
     """
     method = METHODS[config.method]
     limit = min(config.max_length or state.limit, state.limit)
-    splits = {"forget": (forget, config.forget_eos), "retain": (retain, True)}
+    splits = {"forget": (forget, config.forget_eos), "retain": (retain, config.retain_eos)}
     rows: dict[str, list[TrainingRow]] = {}
     for split, (examples, eos) in splits.items():
         losses = [method.forget] if split == "forget" else list(method.retain)
@@ -88,7 +99,7 @@ def make_trial_data(
         drawn = config.seed if method.alternative == "refusal" else ""
         made = _rows("alternative", others, True, limit, [method.forget], state, once, f"{method.alternative}{drawn}")
         units = [[row, other] for row, other in zip(rows["forget"], made, strict=True)]
-    return TrialData(units, [[row] for row in rows["retain"]])
+    return TrialData(units, [[row] for row in rows["retain"]], limit if config.max_length else None)
 
 
 def _rows(
@@ -155,13 +166,18 @@ def token_logps(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[T
     return found
 
 
-def length_groups(units: Sequence[RowGroup], together: bool) -> list[list[TrainingRow]]:
+def length_groups(
+    units: Sequence[RowGroup], together: bool, least: Mapping[str, int] | None = None
+) -> list[list[TrainingRow]]:
     """Units in groups of like length that cost least: padded tokens, and PASS_TOKENS for each group.
+
+    `least` has the tokens to which the rows of a split are padded at least.
 
     Each group is a forward pass of its own, and one backward pass follows them all. `together`
     keeps all in one group: where ranks' passes must match one to one, or a loss pools the batch.
     """
-    sizes = [max(len(row.tokens.ids) for row in unit) for unit in units]
+    known = least or {}
+    sizes = [max(max(len(row.tokens.ids), known.get(row.split, 0)) for row in unit) for unit in units]
     order = sorted(range(len(units)), key=lambda i: (sizes[i], i))
     counts = [len(units[index]) for index in order]
     cost, start = [0], [0]  # of the best grouping of the shortest so many units, and where its last group begins

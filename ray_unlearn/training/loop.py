@@ -113,11 +113,14 @@ def _share_loss(
     collective = engine.stage == 3
     terms = trial_loss.terms(bool(step.forget), bool(step.retain), repair=step.phase == "repair")
     sizes = {"forget": len(step.forget), "retain": len(step.retain)}
-    parts = []
-    for rows in length_groups(units, together=collective or trial_loss.pools):
+    length, parts = data.padded_length(step), []
+    padded = {term.split: length for term in terms if term.on == "all"}
+    for rows in length_groups(units, collective or trial_loss.pools, padded):
         counts = {split: sum(row.split == split for row in rows) for split in sizes}
         weights = {split: counts[split] * shares / max(1, size) for split, size in sizes.items()}
-        parts.append(trial_loss.loss(engine, rows or data.retain[0], weights, terms, collective=collective))
+        parts.append(
+            trial_loss.loss(engine, rows or data.retain[0], weights, terms, length=length, collective=collective)
+        )
     names = sorted({name for part in parts for name in part.shown})
     return StepLoss(
         total=torch.stack([part.total for part in parts]).sum(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.tokens import Batch, collate
-from ray_unlearn.losses import LOSSES, METHODS, losses_of, make_weighting, pools
+from ray_unlearn.losses import LOSSES, METHODS, OPTIONS, losses_of, make_weighting, pools
 from ray_unlearn.losses.representation import adaptive_coefficient, control_vector
 from ray_unlearn.losses.rows import scatter_tokens
 from ray_unlearn.models.forward import at_least_float32, head_at
@@ -82,9 +82,12 @@ class TrialLoss:
         weights: dict[str, float],
         terms: Sequence[Term],
         *,
+        length: int = 0,
         collective: bool = False,
     ) -> StepLoss:
         """The weighted loss of some of a step's rows; `weights` are their shares of the step, by split.
+
+        Rows of a split that a term counts padding of are padded to `length` tokens at least.
 
         Rows that no term asks for are left out of the forward pass. Where it is `collective` (ZeRO
         stage 3) every rank takes the passes of all `terms`, on a row that weighs nothing if it has
@@ -96,7 +99,8 @@ class TrialLoss:
         if any("alt_mask" in LOSSES[term.loss].tensors for term in mine):
             wanted.add("alternative")
         used = [row for split in SPLITS for row in rows if row.split == split and split in wanted]
-        forward = _Forward(self, engine, used or list(rows[:1]), mine)
+        least = max((length for term in mine if term.on == "all"), default=0)
+        forward = _Forward(self, engine, used or list(rows[:1]), mine, least)
         total = forward.nothing
         shown, by_split = {}, {term.split: forward.nothing for term in terms}
         for term in terms:
@@ -123,9 +127,11 @@ class TrialLoss:
 class _Forward:
     """One forward pass of a batch, and the tensors that losses are called with, taken from it."""
 
-    def __init__(self, trial_loss: TrialLoss, engine: Any, rows: Sequence[TrainingRow], terms: Sequence[Term]) -> None:
+    def __init__(
+        self, trial_loss: TrialLoss, engine: Any, rows: Sequence[TrainingRow], terms: Sequence[Term], length: int
+    ) -> None:
         self.trial_loss, self.engine, self.rows = trial_loss, engine, rows
-        self.batch = collate([row.tokens for row in rows], trial_loss.pad_id, engine.device)
+        self.batch = collate([row.tokens for row in rows], trial_loss.pad_id, engine.device, length)
         counts = {split: sum(row.split == split for row in rows) for split in SPLITS}
         starts = {"forget": 0, "alternative": counts["forget"], "retain": counts["forget"] + counts["alternative"]}
         self.spans = {split: slice(starts[split], starts[split] + counts[split]) for split in SPLITS}
@@ -160,7 +166,9 @@ class _Forward:
         if loss.needs_reference:
             given |= self._reference(term)
         tensors = [given[name] if name in given else self._tensor(name, term) for name in loss.tensors]
-        value: Tensor = loss.compute(*tensors, **{argument: options[key] for argument, key in loss.options.items()})
+        # A repair step's cross-entropy may have options that are none of the method's.
+        chosen = {name: options.get(key, OPTIONS[key].default) for name, key in loss.options.items()}
+        value: Tensor = loss.compute(*tensors, **chosen)
         return value
 
     def _tensor(self, name: str, term: Term) -> Tensor:

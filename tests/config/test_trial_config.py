@@ -61,6 +61,7 @@ CHANGED = {
     "lora_dropout": 0.1,
     "lora_targets": ["q_proj", "v_proj"],
     "forget_eos": True,
+    "retain_eos": False,
     "max_length": 128,
     "zero_stage": 2,
     "snapshots": 7,

@@ -78,10 +78,16 @@ def minus_log_sigmoid(x):
 class Slow:
     """One batch as lists; `frozen` are the logits wherever a loss takes no gradient."""
 
+    pool = False
+
     def __init__(self, logits, ref, ids, mask, frozen=None):
         self.logits, self.ref, self.ids, self.mask = (x.tolist() for x in (logits, ref, ids, mask))
         self.frozen = self.logits if frozen is None else frozen.tolist()
         self.rows = range(len(self.ids))
+
+    def value(self, name, options):
+        self.pool = options.get("pool", False)
+        return getattr(self, name)(**{key: value for key, value in options.items() if key != "pool"})
 
     def shown(self, b):
         return [t for t in range(len(self.mask[b])) if self.mask[b][t]]
@@ -90,7 +96,9 @@ class Slow:
         return log_probability((self.logits if of is None else of)[b], t, self.ids[b][t + 1])
 
     def by_row(self, token):
-        """Mean over rows of each row's mean of token(b, t)."""
+        """Mean over rows of each row's mean of token(b, t); of all tokens alike where they are pooled."""
+        if self.pool:
+            return self.pooled(token)
         return mean([mean([token(b, t) for t in self.shown(b)]) for b in self.rows])
 
     def pooled(self, token):
@@ -103,6 +111,8 @@ class Slow:
         return self.by_row(lambda b, t: -self.logp(b, t))
 
     def gradient_ascent(self, bound=math.inf):
+        if self.pool:
+            return -min(self.pooled(lambda b, t: -self.logp(b, t)), bound)
         return -mean([min(mean([-self.logp(b, t) for t in self.shown(b)]), bound) for b in self.rows])
 
     def weighted_ascent(self, beta):
@@ -191,8 +201,10 @@ class Slow:
                 rest = sum(x for v, x in enumerate(p) if v != target)
                 logs = self.dist(b, t, self.logits)
                 tokens.append(-sum(x / rest * logs[v] for v, x in enumerate(p) if v != target))
-            values.append(mean(tokens))
-        return mean(values)
+            values.append(tokens)
+        if self.pool:
+            return mean([token for tokens in values for token in tokens])
+        return mean([mean(tokens) for tokens in values])
 
     def _distance(self, b, t, other):
         return mean([(x - y) ** 2 for x, y in zip(self.logits[b][t], other, strict=True)])
@@ -231,4 +243,6 @@ CASES = [
 ]
 
 
+MEANS = [name for name in LOSSES if "pool" in LOSSES[name].options]
+CASES += [(name, options | {"pool": True}) for name, options in CASES if name in MEANS]
 POOLED = [("npo", "batch"), ("npo", "token"), ("target_kl", None)]

@@ -35,6 +35,15 @@ def test_gradient_of_cross_entropy_and_kl_is_the_formula(dtype_rtol):
         torch.testing.assert_close(logits.grad, expected, rtol=10 * rtol, atol=rtol)
 
 
+def test_long_rows_weigh_more_where_tokens_are_pooled():
+    """Rows of 4 and 60 tokens with losses of 3.0 and 0.5 nats: Atyaephyra's `-retain_logprob.mean()` is 0.656."""
+    mask = torch.arange(60) < torch.tensor([[4], [60]])
+    logps = torch.tensor([[-3.0], [-0.5]]).expand(2, 60)
+    assert cross_entropy(logps, mask).item() == pytest.approx(1.75)
+    assert cross_entropy(logps, mask, pool=True).item() == pytest.approx((4 * 3.0 + 60 * 0.5) / 64) == 0.65625
+    assert cross_entropy(logps, mask, pool=True) == -logps[mask].mean()
+
+
 def test_ascent_stops_pushing_the_rows_above_the_bound_and_only_those():
     logps = torch.tensor([[-1.0, -3.0], [-4.0, -6.0], [-2.9, -2.9]], dtype=torch.float64, requires_grad=True)
     value = gradient_ascent(logps, torch.ones(3, 2, dtype=torch.bool), bound=3.0)

@@ -24,7 +24,7 @@ def test_value_equals_the_slow_loop(name, options, dtype, rtol, rows, length):
     logits, ref, ids, mask = made(rows, length, dtype)
     value = fast_value(name, logits, ref, ids, mask, options)
     assert value.shape == () and value.dtype == dtype
-    slow = getattr(Slow(logits, ref, ids, mask), name)(**options)
+    slow = Slow(logits, ref, ids, mask).value(name, options)
     assert value.item() == pytest.approx(slow, rel=rtol, abs=rtol)
 
 
@@ -42,7 +42,7 @@ def test_gradient_equals_central_differences_of_the_slow_loop(name, options, row
         for sign in (1, -1):
             moved = start.clone()
             moved[tuple(index)] += sign * step
-            sides.append(getattr(Slow(moved, ref, ids, mask, frozen=start), name)(**options))
+            sides.append(Slow(moved, ref, ids, mask, frozen=start).value(name, options))
         numeric[tuple(index)] = (sides[0] - sides[1]) / (2 * step)
     assert numeric.abs().max() > 1e-6 or "bound" in options
     torch.testing.assert_close(logits.grad, numeric, rtol=1e-6, atol=1e-9)
@@ -110,12 +110,12 @@ def test_two_halves_weighted_by_their_rows_give_the_whole_unless_the_loss_pools(
     halves = slice(2), slice(2, 5)
     parts = [fast_value(name, *(x[cut] for x in (logits, ref, ids, mask)), options) for cut in halves]
     joined = (2 * parts[0] + 3 * parts[1]) / 5
-    chosen = {f"npo_{key}": value for key, value in options.items()}
+    chosen = {f"npo_{key}": value for key, value in options.items()} | {"pool_tokens": options.get("pool", False)}
     if LOSSES[name].pools(chosen):
         assert not torch.isclose(joined, whole, rtol=1e-6)
     else:
         torch.testing.assert_close(joined, whole, rtol=1e-12, atol=1e-14)
-    assert LOSSES[name].pools(chosen) == ((name, options.get("ratio")) in POOLED)
+    assert LOSSES[name].pools(chosen) == (options.get("pool", False) or (name, options.get("ratio")) in POOLED)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

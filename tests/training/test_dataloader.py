@@ -22,7 +22,7 @@ from ray_unlearn.training.dataloader import (
     length_groups,
     make_trial_data,
 )
-from ray_unlearn.training.loop import _train_step
+from ray_unlearn.training.loop import _share_loss, _train_step
 from ray_unlearn.training.schedule import Step
 from ray_unlearn.training.step_loss import TrialLoss
 
@@ -98,6 +98,14 @@ def test_alternatives_come_with_the_data_or_the_method_is_refused(tiny):
     assert other.tokens == expected
     with pytest.raises(InputError, match="column `alternate`: 4 of 4 rows have none"):
         make_trial_data(config, examples(tiny, "forget"), retain, bench, Store())
+
+
+@pytest.mark.parametrize(("forget_eos", "retain_eos"), [(False, True), (False, False), (True, True)])
+def test_rows_end_in_eos_where_the_configuration_says_so(tiny, forget_eos, retain_eos):
+    config = TrialConfig(method="grad_diff", forget_eos=forget_eos, retain_eos=retain_eos)
+    data = make_trial_data(config, examples(tiny, "forget"), examples(tiny, "retain"), FakeBench(tiny), Store())
+    for units, eos in ((data.forget, forget_eos), (data.retain, retain_eos)):
+        assert all((row.tokens.ids[-1] == tiny.tokenizer.eos_token_id) == eos for (row,) in units)
 
 
 def units_of(*lengths):
@@ -218,3 +226,39 @@ def test_retain_rows_alone_are_descended_on_in_a_repair_and_not_in_a_mixed_batch
     )
     moved = any(bool(p.grad.any()) for p in tuned.model.parameters() if p.requires_grad)
     assert moved == descends == (parts["loss"] > 0)
+
+
+@pytest.mark.parametrize("max_length", [None, 13])
+@pytest.mark.parametrize("method", ["kl_ascent", "npo_renyi_ce"])
+def test_a_term_on_all_is_the_same_however_the_rows_fall_into_passes_micro_batches_and_ranks(
+    tiny, prepare, method, max_length
+):
+    rows = batch_for(tiny, method, 4, 8)
+    data = TrialData(*([[row] for row in rows if row.split == split] for split in ("forget", "retain")), max_length)
+    step, seen = Step("forget", 0, tuple(range(4)), tuple(range(8)), 1e-3, False), []
+    for world, micro in ((1, 1), (1, 2), (2, 1), (2, 2), (1, 8)):
+        config = TrialConfig(
+            method=method, tuning="full", micro_batches=micro, kl_on="all", forget_on="all", max_length=max_length
+        )
+        engine, trainable = prepare(config)
+        trial_loss, slots = TrialLoss(config, trainable, PAD), world * micro
+        losses = [
+            _share_loss(engine, trial_loss, step, data, data.units(step, slot, slots), slots) for slot in range(slots)
+        ]
+        total = sum(loss.total for loss in losses) / slots
+        gradient = torch.autograd.grad(total, [p for p in trainable.model.parameters() if p.requires_grad])
+        kl = sum(loss.shown.get("kl", 0.0) for loss in losses) / slots
+        seen.append((kl, total.item(), torch.cat([g.flatten() for g in gradient])))
+        trainable.release()
+    for kl, total, gradient in seen[1:]:
+        assert (kl, total) == pytest.approx(seen[0][:2], rel=1e-5)
+        torch.testing.assert_close(gradient, seen[0][2], rtol=1e-3, atol=1e-5)
+
+
+def test_padding_that_counts_goes_to_max_length_or_to_the_steps_longest_row():
+    units = units_of(5, (7, 11), 6)
+    step = Step("forget", 0, (0, 1), (2,), 1e-3, True)
+    assert TrialData(units, units).padded_length(step) == 11 and TrialData(units, units, 20).padded_length(step) == 20
+    least = {"forget": 200}
+    groups = length_groups(units_of(5, 7, 6), False, least)
+    assert [len(group) for group in groups] == [3]  # all are 200 tokens long, so they fit together

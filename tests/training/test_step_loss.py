@@ -85,6 +85,7 @@ DETERMINISTIC = [name for name in METHODS if METHODS[name].forget != "noise_kl"]
 VARIANTS = [(name, {}) for name in DETERMINISTIC]
 VARIANTS += [("npo_kl_ce", {"npo_ratio": ratio}) for ratio in ("mean", "batch", "token")]
 VARIANTS += [("npo_kl_ce", {"kl_direction": "model"}), ("grad_diff", {"ascent_bound": 4.0})]
+VARIANTS += [(name, {"pool_tokens": True}) for name in ("grad_diff", "kl_ascent", "npo_ce", "undial")]
 
 
 def rmu_layer(name):
