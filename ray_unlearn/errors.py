@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, and here is what to change."""
+"""The exceptions that say what the user can do: to the input, or to the disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ SHOWN_PROBLEMS = 20
 
 class InputError(ValueError):
     """Bad input: the message states the rule, the offending value and what to do (exit code 2)."""
+
+
+class DiskFullError(RuntimeError):
+    """A write that failed for want of room; the message says where, how much, and how to go on (exit code 1)."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

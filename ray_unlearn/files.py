@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,15 +10,18 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.errors import InputError
+from ray_unlearn.errors import DiskFullError, InputError
 
 PACKAGE = Path(__file__).resolve().parent
 """This package's folder."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM_TEXTS = (*map(os.strerror, NO_ROOM), "disk is full")
 VERSIONED = ("ray-unlearn", "torch", "transformers", "peft", "deepspeed", "ray", "optuna", "mergekit")
 
 
@@ -73,15 +77,50 @@ def _claim_folder(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written: {error.strerror}. Give another --out.") from error
 
 
+@contextmanager
+def room_for(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Whatever writes at `path` in the block and fails for want of room raises a DiskFullError that says where, how
+    much is free there and, where it is known, how many bytes were `needed`."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        place = next(folder for folder in (path, *path.parents) if folder.is_dir())
+        wanted = "" if needed is None else f"{needed:,} bytes are needed, "
+        raise DiskFullError(
+            f"{path} could not be written, for want of room ({str(error).strip().splitlines()[-1]}): {wanted}"
+            f"{shutil.disk_usage(place).free:,} are free in {place}. Make room there, or lift the quota or limit; the "
+            "same command then goes on from what is finished."
+        ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error, or what it comes from, is the system's: no space, quota, or file size."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:  # libraries in Rust or C++ raise errors of their own, with its text
+        chain.append(error)
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__  # type: ignore[assignment]
+    return any(
+        (isinstance(link, OSError) and link.errno in NO_ROOM) or any(text in str(link) for text in NO_ROOM_TEXTS)
+        for link in chain
+    )
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing: a temporary name beside it, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary, data = path.with_name(f".{path.name}.{os.getpid()}.tmp"), text.encode()
+    try:
+        with room_for(path, len(data)), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_unlearn.errors import InputError, problem_list
-from ray_unlearn.files import publish
+from ray_unlearn.files import publish, room_for
 from ray_unlearn.protocols import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
@@ -155,9 +155,13 @@ def save_model(model: CausalLM, tokenizer: Tokenizer, directory: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     quiet()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    publish(temporary, directory)
+    try:
+        with room_for(directory, sum(one.numel() * one.element_size() for one in model.parameters())):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        publish(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def layer_prefix(model: CausalLM) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
+from ray_unlearn.files import room_for
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -36,12 +37,16 @@ def write_snapshot(directory: Path, files: Mapping[str, bytes]) -> None:
     """A snapshot's directory with the digests of its files, whole or not at all."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, data in files.items():
-        (temporary / name).write_bytes(data)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    (temporary / DIGESTS_FILE).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, directory)
+    try:
+        with room_for(directory, sum(map(len, files.values()))):
+            temporary.mkdir(parents=True)
+            for name, data in files.items():
+                (temporary / name).write_bytes(data)
+            digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            (temporary / DIGESTS_FILE).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_snapshot(directory: Path) -> dict[str, Buffer]:

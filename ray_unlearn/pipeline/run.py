@@ -8,6 +8,7 @@ from typing import Any
 
 from ray_unlearn.cluster.session import check_storage, cluster
 from ray_unlearn.config.job import Job, load_job
+from ray_unlearn.files import room_for
 from ray_unlearn.models.loading import check_model
 from ray_unlearn.pipeline.directory import (
     Run,
@@ -55,7 +56,7 @@ def run(
     progress = progress or Progress(quiet=True)
     job, out = _resolve(job, out)
     make_directory(out)
-    with owned(out, progress.line):
+    with owned(out, progress.line), room_for(out):
         claim(out, job)
         return _run(job, out, address, progress)
 

@@ -6,12 +6,13 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ray_unlearn.cluster.evaluators import score_models
-from ray_unlearn.files import publish, versions, write_json, write_text
+from ray_unlearn.files import publish, room_for, versions, write_json, write_text
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import Change, member_change, merge_change
 from ray_unlearn.merging.recipe_file import MERGE_FILE, merge_file
@@ -96,7 +97,9 @@ def write_best(run: Run, choice: Candidate) -> float:
         recipe = None
         source = read_snapshot(run.dir / "snapshots" / choice.id)
         change_of = functools.partial(member_change, name=choice.id, source=source)
-    write_model(run.model_path, change_of, out, dtype)
+    stored = sum(file.stat().st_size for file in Path(run.model_path).glob("*.safetensors"))
+    with room_for(run.dir / "best", stored or None):
+        write_model(run.model_path, change_of, out, dtype)
     try:
         model = load_model(run.model_path, dtype)
         try:
