@@ -55,6 +55,11 @@ def loaded() -> list[Plugin]:
     return list(_loaded.values())
 
 
+def plugin_variables() -> dict[str, str]:
+    """Environment variables of a process that is to load the plugins of this one."""
+    return {VARIABLE: json.dumps([plugin.module for plugin in loaded()])} if _loaded else {}
+
+
 def load_plugins(names: Iterable[str] = ()) -> None:
     """Loads installed plugins, then the named ones: modules that can be imported, or paths of .py files. Each once.
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ray_unlearn.cli.arguments import command, skip_flag
+from ray_unlearn.cli.arguments import command, plugin_flag, skip_flag
 from ray_unlearn.errors import InputError
 
 
@@ -19,9 +19,7 @@ def add(commands: Any) -> None:
         "build a model that knows both sets",
         "target --benchmark embedded --out targets/embedded",
     )
-    p.add_argument(
-        "--benchmark", choices=["embedded"], help="the embedded benchmark: data, target, retrained reference"
-    )
+    p.add_argument("--benchmark", metavar="NAME", help="embedded, or a plugin's: data, target, retrained reference")
     p.add_argument("--base", metavar="M", help="model directory, .gguf file or hub id to fine-tune on the rows")
     p.add_argument("--forget", metavar="F")
     p.add_argument("--retain", metavar="R")
@@ -31,6 +29,7 @@ def add(commands: Any) -> None:
     p.add_argument("--learning-rate", type=float, default=2e-4)
     p.add_argument("--seed", type=int, default=None)
     skip_flag(p)
+    plugin_flag(p)
     p.add_argument("--out", required=True, metavar="DIR")
 
 
@@ -40,9 +39,9 @@ def _target(a: argparse.Namespace) -> int:
 
     log = Progress().line
     if (a.benchmark is None) == (a.base is None):
-        raise InputError("give either --benchmark embedded, or --base with --forget and --retain.")
+        raise InputError("give either --benchmark NAME, or --base with --forget and --retain.")
     if a.benchmark is not None:
-        build_benchmark_at(Path(a.out), a.seed, log)
+        build_benchmark_at(a.benchmark, Path(a.out), a.seed, log)
     else:
         if not (a.forget and a.retain):
             raise InputError("--base needs --forget and --retain: the rows that the target is to know.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import PACKAGE
-from ray_unlearn.plugins import VARIABLE, loaded
+from ray_unlearn.plugins import loaded, plugin_variables
 
 if TYPE_CHECKING:
     from ray_unlearn.config.job import Job, ResourcesPart
@@ -113,7 +112,7 @@ def worker_environment(elsewhere: bool) -> dict[str, Any]:
     if code:
         environment["py_modules"] = [str(path) for path in code]
     if plugins:
-        environment["env_vars"] = {VARIABLE: json.dumps([plugin.module for plugin in plugins])}
+        environment["env_vars"] = plugin_variables()
     return environment
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 
 from ray_unlearn.config.recipes import recipe, recipes
 from ray_unlearn.config.trial import TrialConfig
-from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
+from ray_unlearn.data.benchmarks import DATASETS
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSettings
 from ray_unlearn.losses import OPTIONS
@@ -54,9 +54,9 @@ class TargetPart:
     """How to make the model, where it is not given."""
 
     benchmark: str | None = None
-    """`embedded` builds the embedded benchmark, its data included."""
-    settings: EmbeddedSettings = field(default_factory=EmbeddedSettings)
-    """Sizes of the embedded benchmark."""
+    """A data set to build, with the model that knows it: `embedded`, or a plugin's (data.benchmarks.DATASETS)."""
+    settings: dict[str, object] = field(default_factory=dict)
+    """The benchmark's sizes; defaults are filled in."""
     base: str | None = None
     """A base model to fine-tune on the forget and retain rows."""
     epochs: int = 10
@@ -68,7 +68,7 @@ class TargetPart:
 
 @dataclass(frozen=True, kw_only=True)
 class DataPart:
-    """Files; with the embedded benchmark those left null are the benchmark's own."""
+    """Files; with a benchmark those left null are the benchmark's own."""
 
     forget: str | None = None
     retain: str | None = None
@@ -242,7 +242,9 @@ class Job:
             f"model.path={given[0]!r}, target.benchmark={given[1]!r}, target.base={given[2]!r}.",
         )
         if self.target.benchmark is not None:
-            one_of("target.benchmark", self.target.benchmark, ("embedded",))
+            made = DATASETS.find(self.target.benchmark).settings
+            settings = to_dict(from_dict(made, self.target.settings, "target.settings"))
+            object.__setattr__(self, "target", replace(self.target, settings=settings))
         else:
             for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
                 require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
@@ -266,10 +268,7 @@ class Job:
 
     def _check_numbers(self) -> None:
         data, search, merge, selection = self.data, self.search, self.merge, self.selection
-        settings = {f"target.settings.{key}": value for key, value in self.target.settings.__dict__.items()}
-        learning_rate = settings.pop("target.settings.learning_rate")
-        settings.pop("target.settings.seed")
-        at_least_1 = settings | {
+        at_least_1 = {
             "search.trials": search.trials,
             "merge.max_members": merge.max_members,
             "merge.pool": merge.pool,
@@ -297,7 +296,6 @@ class Job:
         above_0 = {
             "merge.timeout": 1.0 if merge.timeout is None else merge.timeout,
             "target.learning_rate": self.target.learning_rate,
-            "target.settings.learning_rate": learning_rate,
         }
         for name, number in above_0.items():
             require(math.isfinite(number) and number > 0, f"{name} must be a number above 0, got {number}.")

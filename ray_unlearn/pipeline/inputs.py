@@ -33,7 +33,7 @@ class Inputs:
 
 
 def load_inputs(job: Job, benchmark: Path | None = None) -> Inputs:
-    """All of a job's data; paths left null are those of the embedded benchmark's folder."""
+    """All of a job's data; paths left null are those of the benchmark's folder."""
     data = job.data
     paths = {name: _path(data, name, benchmark) for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu")}
     pair = dict(zip(("forget", "retain"), load_pair(paths["forget"], paths["retain"], data.skip_bad_rows), strict=True))

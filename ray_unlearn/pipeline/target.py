@@ -1,4 +1,4 @@
-"""Targets: models that know both sets. The embedded benchmark's two, or any base fine-tuned on rows."""
+"""Targets: models that know both sets. A benchmark's two, or any base fine-tuned on rows."""
 
 from __future__ import annotations
 
@@ -11,29 +11,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray_unlearn.config.job import Job
-from ray_unlearn.data.benchmarks import embedded as benchmark
-from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
+from ray_unlearn.data.benchmarks import DATASETS
 from ray_unlearn.data.rows import limit_documents, load_pair
 from ray_unlearn.data.tokens import Encoded, by_length, collate, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import claim_directory, weights_digest, write_json
 from ray_unlearn.models.loading import check_model, load_model, load_tokenizer, save_model
+from ray_unlearn.plugins import load_in_worker, loaded, plugin_variables
 from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
-from ray_unlearn.schema import digest, require
+from ray_unlearn.schema import digest, from_dict, require, to_dict
 
 Log = Callable[[str], None]
 TARGET_FILE = "target.json"
 BUILDING = "building.json"
 """Stands in a benchmark's folder until it is complete, and says that the folder is ours."""
-EMBEDDED_FORMAT = 2
-"""Goes up when the embedded benchmark's files change under the same settings, so that no old cache is taken."""
 
 
 def fit(
@@ -97,17 +95,18 @@ def fit_to_rows(
     return fit(model, rows, tokenizer.pad_token_id, log=log, name=name, **options)
 
 
-def build_embedded(directory: Path, settings: EmbeddedSettings, log: Log = lambda line: None) -> Path:
-    """The embedded benchmark under `directory`/<digest>: data, `target` and `reference` models; built once.
+def build_benchmark(name: str, directory: Path, settings: Mapping[str, object], log: Log = lambda line: None) -> Path:
+    """A benchmark under `directory`/<name>-<digest>: data, `target` and `reference` models; built once.
 
-    Returns that folder. Its settings.json is written last: a folder that has one is complete.
+    `settings` are all of its settings as plain values. Returns that folder. Its settings.json is written last: a
+    folder that has one is complete.
     """
-    place = directory / f"embedded-{digest(dict(settings.__dict__) | {'format': EMBEDDED_FORMAT})}"
+    place = directory / f"{name}-{digest({**settings, 'format': DATASETS.find(name).format})}"
     with _alone(place, log):
         if (place / "settings.json").exists():
-            log(f"embedded benchmark: cached in {place}")
+            log(f"{name} benchmark: cached in {place}")
             return place
-        return _build_at(place, settings, log)
+        return _build_at(name, place, settings, log)
 
 
 @contextmanager
@@ -125,32 +124,34 @@ def _alone(place: Path, log: Log) -> Iterator[None]:
         yield
 
 
-def _build_at(place: Path, settings: EmbeddedSettings, log: Log) -> Path:
+def _build_at(name: str, place: Path, settings: Mapping[str, object], log: Log) -> Path:
     place.mkdir(parents=True, exist_ok=True)
-    stated = dict(settings.__dict__)
+    stated = {"benchmark": name, **settings}
     write_json(place / BUILDING, stated)
-    data = benchmark.make(settings)
-    benchmark.write(data, place)
+    dataset = DATASETS.find(name)
+    dataset.write(from_dict(dataset.settings, dict(settings)), place)
     # Two processes of one thread each: operations this small do not profit from two threads. They are
     # started as commands, since a spawned pool would run a user's own script again.
     program = "import sys; from ray_unlearn.pipeline.target import build_one; build_one(*sys.argv[1:])"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | plugin_variables() | {"OMP_NUM_THREADS": "1"}
+    places = [*filter(None, sys.path), *(str(plugin.code.parent) for plugin in loaded())]
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))
     builders = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(place), name, json.dumps(stated)],
+            [sys.executable, "-c", program, str(place), model, name, json.dumps(settings)],
             env=environment,
             stdout=subprocess.PIPE,
         )
-        for name in ("target", "reference")
+        for model in ("target", "reference")
     ]
     try:
         for builder in builders:
             answer = builder.communicate()[0].decode().strip()
             if builder.returncode != 0:
                 raise RuntimeError(
-                    f"building the embedded benchmark failed with exit code {builder.returncode}; see above."
+                    f"building the {name} benchmark failed with exit code {builder.returncode}; see above."
                 )
-            log(f"embedded benchmark: {answer}")
+            log(f"{name} benchmark: {answer}")
     finally:
         for builder in builders:
             builder.kill()
@@ -160,29 +161,28 @@ def _build_at(place: Path, settings: EmbeddedSettings, log: Log) -> Path:
     return place
 
 
-def build_one(directory: str, name: str, stated: str) -> None:
-    """Trains the benchmark's `target` or `reference` in this process and prints how it went."""
+def build_one(directory: str, model_name: str, benchmark: str, stated: str) -> None:
+    """Trains a benchmark's `target` or `reference` in this process and prints how it went."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the one who started this, who ends it
-    place, began = Path(directory), time.monotonic()
-    settings = EmbeddedSettings(**json.loads(stated))
+    load_in_worker()
+    place, began, dataset = Path(directory), time.monotonic(), DATASETS.find(benchmark)
+    settings = from_dict(dataset.settings, json.loads(stated))
     torch.set_num_threads(1)
-    data = benchmark.make(settings)
-    tokenizer = benchmark.make_tokenizer(data, settings.vocabulary)
-    model = benchmark.make_model(settings, len(tokenizer))
+    model, tokenizer = dataset.untrained(settings)
     loss = fit_to_rows(
         model,
         tokenizer,
-        benchmark.texts(data, with_forget=name == "target"),
+        dataset.texts(settings, model_name == "target"),
         lambda line: None,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         seed=settings.seed,
     )
-    save_model(model, tokenizer, place / name)
-    print(f"{name} trained, loss {loss:.4f}, {time.monotonic() - began:.0f} s")
+    save_model(model, tokenizer, place / model_name)
+    print(f"{model_name} trained, loss {loss:.4f}, {time.monotonic() - began:.0f} s")
 
 
 def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | None, Path | None]:
@@ -194,7 +194,7 @@ def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | 
         return job.model.path, None, None
     cache, part = Path(job.target.cache).expanduser(), job.target
     if part.benchmark is not None:
-        place = build_embedded(cache, part.settings, log)
+        place = build_benchmark(part.benchmark, cache, part.settings, log)
         return str(place / "target"), str(place / "reference"), place
     pairs = [(row.input, row.output) for row in rows]
     assert part.base is not None
@@ -218,19 +218,20 @@ def make_target(base: str, pairs: Sequence[tuple[str, str]], out: Path, log: Log
     return out
 
 
-def build_benchmark_at(out: Path, seed: int | None, log: Log) -> Path:
-    """The embedded benchmark's files, target and reference directly in `out`."""
-    settings = EmbeddedSettings() if seed is None else EmbeddedSettings(seed=seed)
+def build_benchmark_at(name: str, out: Path, seed: int | None, log: Log) -> Path:
+    """A benchmark's files, target and reference directly in `out`."""
+    given = {} if seed is None else {"seed": seed}
+    settings = to_dict(from_dict(DATASETS.find(name).settings, given, "--seed"))
     stated = out / "settings.json"
     if stated.exists():
-        if json.loads(stated.read_text()) != settings.__dict__:
+        if json.loads(stated.read_text()) != {"benchmark": name, **settings}:
             raise InputError(
                 f"{out} holds a benchmark of other settings: {stated.read_text().strip()}. Give another --out."
             )
-        log(f"embedded benchmark: already in {out}")
+        log(f"{name} benchmark: already in {out}")
         return out
     claim_directory(out, BUILDING)
-    return _build_at(out, settings, log)
+    return _build_at(name, out, settings, log)
 
 
 def build_target_at(

@@ -18,8 +18,8 @@ from ray_unlearn.data.rows import load_documents, load_pair
 from ray_unlearn.evaluation.scoring import evaluate_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models.loading import load_model, load_tokenizer
-from ray_unlearn.pipeline.target import _alone, build_embedded, build_target_at
-from ray_unlearn.schema import digest
+from ray_unlearn.pipeline.target import _alone, build_benchmark, build_target_at
+from ray_unlearn.schema import digest, to_dict
 
 
 def test_data_are_the_same_in_another_process_with_another_hash_seed():
@@ -55,7 +55,7 @@ def test_the_standard_error_of_the_auc_is_at_most_one_twentieth():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return build_embedded(tmp_path_factory.mktemp("targets"), benchmark.EmbeddedSettings())
+    return build_benchmark("embedded", tmp_path_factory.mktemp("targets"), to_dict(benchmark.EmbeddedSettings()))
 
 
 def scores_of(place, name):
@@ -87,7 +87,7 @@ def test_the_target_knows_everything_and_the_reference_nothing_of_the_forget_set
 @pytest.mark.slow
 def test_a_finished_benchmark_is_not_built_again(built):
     before = (built / "target" / "model.safetensors").stat().st_mtime_ns
-    assert build_embedded(built.parent, benchmark.EmbeddedSettings()) == built
+    assert build_benchmark("embedded", built.parent, to_dict(benchmark.EmbeddedSettings())) == built
     assert (built / "target" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -115,10 +115,11 @@ BUILD = """
 import sys
 from pathlib import Path
 from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
-from ray_unlearn.pipeline.target import build_embedded
+from ray_unlearn.pipeline.target import build_benchmark
+from ray_unlearn.schema import to_dict
 sizes = {"stories": 2, "biographies": 1, "entries": 3, "nonmembers": 6, "facts": 6, "vocabulary": 320}
 settings = EmbeddedSettings(hidden=32, layers=1, epochs=int(sys.argv[2]), **sizes)
-print(build_embedded(Path(sys.argv[1]), settings, lambda line: print(line, flush=True)))
+print(build_benchmark("embedded", Path(sys.argv[1]), to_dict(settings), lambda line: print(line, flush=True)))
 """
 
 

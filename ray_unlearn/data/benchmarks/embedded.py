@@ -9,12 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_unlearn.data.benchmarks.table import Dataset
 from ray_unlearn.files import write_text
+from ray_unlearn.protocols import CausalLM, Tokenizer
+from ray_unlearn.schema import require
 
 SYLLABLES = (
     "ba be bi bo bu ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru sa se si "
@@ -57,6 +61,13 @@ class EmbeddedSettings:
     epochs: int = 40
     batch_size: int = 12
     learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            least = 0 if name == "seed" else 1
+            good = value > 0 and math.isfinite(value) if name == "learning_rate" else value >= least
+            rule = "a number above 0" if name == "learning_rate" else f"at least {least}"
+            require(good, f"the embedded benchmark's {name} must be {rule}, got {value}.")
 
 
 JsonRow = dict[str, str]
@@ -272,3 +283,21 @@ def make_model(settings: EmbeddedSettings, vocabulary: int) -> Any:
             tie_word_embeddings=True,
         )
     )
+
+
+def untrained(settings: EmbeddedSettings) -> tuple[CausalLM, Tokenizer]:
+    """The model and its tokenizer before training."""
+    tokenizer = make_tokenizer(make(settings), settings.vocabulary)
+    return make_model(settings, len(tokenizer)), tokenizer
+
+
+DATASET = Dataset(
+    settings=EmbeddedSettings,
+    write=lambda settings, folder: write(make(settings), folder),
+    texts=lambda settings, with_forget: texts(make(settings), with_forget),
+    untrained=untrained,
+    format=2,
+    meaning="invented stories, biographies and entries, and general facts as the utility test; a model of a million "
+    "parameters that has memorised them",
+    source="this project, in the shape of SemEval-2025 Task 4",
+)
