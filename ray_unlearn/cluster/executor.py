@@ -6,12 +6,14 @@ Both ways speak to one Coordinator, which queues trials, collects what they post
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,15 @@ from ray_unlearn.config.job import ResourcesPart
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.schema import from_dict
 
+BEAT_SECONDS = 10.0
+LEAST_CALLS = 1000
+"""Calls that Ray lets an asynchronous actor make at once, unless told otherwise."""
 ZERO_3_TRIALS_PER_PROCESS = 8
 """DeepSpeed leaks memory when stage 3 engines are made again in one process (its issue 7204)."""
+
+
+class TrialTakenError(Exception):
+    """The trial is no longer these workers' own."""
 
 
 class TrainWorker:
@@ -74,8 +83,16 @@ class TrainWorker:
         ray.train.report({"trial": self.trial_id, **metrics})
 
     def post(self, event: str, **content: Any) -> None:
-        if self.rank == 0:
-            ray.get(self.coordinator.post.remote(self.slot, self.trial_id, event, content))
+        if self.rank == 0 and not self._post(event, content):
+            raise TrialTakenError(f"{self.trial_id} has ended or was given to other workers")
+
+    def post_error(self, error: Exception) -> None:
+        """The reason of a failure, from whichever rank it befell: the others only see that one is gone."""
+        rank = f"rank {self.rank}: " if self.world > 1 else ""
+        self._post("error", {"reason": f"{rank}{type(error).__name__}: {error}"})
+
+    def _post(self, event: str, content: dict[str, Any]) -> bool:
+        return bool(ray.get(self.coordinator.post.remote(self.slot, self.trial_id, event, content)))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self.known:
@@ -97,10 +114,11 @@ def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], state: Any)
         run_trial(from_dict(TrialConfig, config), state, worker)
     except Exception as error:
         traceback.print_exc()
-        worker.post("error", reason=f"{type(error).__name__}: {error}")
+        worker.post_error(error)
         if worker.world > 1:
             raise
-        worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(TrialTakenError):
+            worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
 
 
 def _open_state(config: dict[str, Any]) -> Any:
@@ -143,16 +161,36 @@ def warm_worker(config: dict[str, Any]) -> None:
     if worker.rank == 0:
         ray.get(worker.coordinator.ready.remote(worker.slot))
     stage_3_trials = 0
-    while True:
-        lease = ray.get(worker.coordinator.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
-        what, trial_id, trial = worker.broadcast(lease)
-        if what == "close":
-            return
-        if what == "run":
-            _run(worker, trial_id, trial, state)
-            stage_3_trials += trial["zero_stage"] == 3
-            if stage_3_trials >= ZERO_3_TRIALS_PER_PROCESS:
-                raise RuntimeError("recycling the workers: DeepSpeed stage 3 engines leak memory in one process")
+    with _signs_of_life(worker, epoch):
+        while True:
+            lease = ray.get(worker.coordinator.lease.remote(worker.slot, epoch)) if worker.rank == 0 else None
+            what, trial_id, trial = worker.broadcast(lease)
+            if what == "close":
+                return
+            if what == "run":
+                _run(worker, trial_id, trial, state)
+                stage_3_trials += trial["zero_stage"] == 3
+                if stage_3_trials >= ZERO_3_TRIALS_PER_PROCESS:
+                    raise RuntimeError("recycling the workers: DeepSpeed stage 3 engines leak memory in one process")
+
+
+@contextmanager
+def _signs_of_life(worker: TrainWorker, epoch: int) -> Iterator[None]:
+    """Tells the coordinator now and then, from a thread of rank 0, that the group is there: a trial may be silent for
+    an hour, and a lost node is for ever."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the coordinator is gone: the next post will say so
+            while not stop.wait(BEAT_SECONDS) and ray.get(worker.coordinator.alive.remote(worker.slot, epoch)):
+                pass
+
+    if worker.rank == 0:
+        threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,14 +222,24 @@ class Handle:
         )
 
 
+def start_coordinator(run_dir: Path, concurrency: int) -> Any:
+    """The Coordinator's actor, on the driver's node.
+
+    Of each trial side by side one call waits for its next event and one for a lease, and none of
+    them may keep what its workers post from getting in.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    calls = max(LEAST_CALLS, 4 * concurrency)
+    actor = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=calls, scheduling_strategy=here)
+    return actor.remote(str(run_dir), concurrency)
+
+
 class Executor:
     """Owns a search's Coordinator and, when warm, long-lived Train runs; `handle` lets others run trials on them."""
 
     def __init__(self, run_dir: Path, spec: WorkerSpec, resources: ResourcesPart, storage: Path | str) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=256, scheduling_strategy=here)
         self.handle = Handle(
-            coordinator=coordinator.remote(str(run_dir), resources.concurrency),
+            coordinator=start_coordinator(run_dir, resources.concurrency),
             spec=ray.put(spec),
             resources=resources,
             storage=str(storage),

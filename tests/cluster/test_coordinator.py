@@ -81,7 +81,7 @@ def test_with_the_last_slot_lost_waiting_and_later_trials_fail_at_once(tmp_path)
         assert (await keeper.lease(0, epoch))[1] == "trial-0000"
         await keeper.slot_lost(0, "no memory")
         first = await ended(keeper, "trial-0000")  # its own trial; the other slot may still take the next
-        assert not keeper.trials["trial-0001"]["ended"]
+        assert not keeper.trials["trial-0001"].ended
         await keeper.slot_lost(1, "no memory")
         second = await ended(keeper, "trial-0001")
         await keeper.submit("trial-0002", CONFIG, queued=True)
@@ -89,6 +89,44 @@ def test_with_the_last_slot_lost_waiting_and_later_trials_fail_at_once(tmp_path)
 
     for content in run(story()):
         assert content["status"] == "failed" and "no memory" in content["reason"]
+
+
+def test_a_trial_whose_slot_stays_away_is_given_to_another_and_the_lost_workers_are_sent_home(tmp_path):
+    async def story():
+        keeper = keeping.Coordinator(str(tmp_path), 2, away_seconds=0.3)
+        lost, other = await keeper.hello(0), await keeper.hello(1)
+        await keeper.submit("trial-0000", CONFIG, queued=True)
+        assert (await keeper.lease(0, lost))[1] == "trial-0000"
+        for _ in range(4):  # a long step: signs of life alone keep the trial
+            await asyncio.sleep(0.1)
+            assert await keeper.alive(0, lost)
+        waiting = asyncio.create_task(keeper.lease(1, other))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert await asyncio.wait_for(waiting, 2) == ("run", "trial-0000", CONFIG)  # slot 0 says no more
+        assert not await keeper.alive(0, lost)
+        assert not await keeper.post(0, "trial-0000", "ended", {"status": "finished", "reason": ""})
+        assert (await keeper.lease(0, lost))[0] == "close"
+        assert await keeper.post(1, "trial-0000", "ended", {"status": "finished", "reason": ""})
+        return await ended(keeper, "trial-0000")
+
+    assert run(story())["status"] == "finished"
+    (record,), _ = load_records(tmp_path)
+    assert record.attempts == 2
+
+
+def test_the_first_error_of_the_last_attempt_is_the_reason(tmp_path):
+    async def story():
+        keeper = keeping.Coordinator(str(tmp_path), 1)
+        await keeper.submit("trial-0000", CONFIG, queued=False)
+        for attempt in range(2):
+            assert await keeper.begin("trial-0000")
+            for reason in (f"rank 1: out of memory {attempt}", "rank 0: a peer has closed its connection"):
+                await keeper.post(0, "trial-0000", "error", {"reason": reason})
+        await keeper.fail("trial-0000", "the Train run failed")
+        return await ended(keeper, "trial-0000")
+
+    assert run(story())["reason"] == "rank 1: out of memory 1"
 
 
 def test_a_record_that_cannot_be_written_does_not_leave_its_driver_waiting(tmp_path, monkeypatch):

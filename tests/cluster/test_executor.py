@@ -144,3 +144,54 @@ def test_warm_failures_are_records_and_a_killed_worker_gives_its_trial_back(laun
     assert [trial.status for trial in trials] == ["failed", "failed", "finished"]
     assert not trials[0].snapshots and not trials[1].snapshots
     assert trials[2].attempts == 2 and len(trials[2].snapshots) == 4
+
+
+def test_the_error_of_any_rank_is_the_reason(launch, tmp_path):
+    """On a real group of two, rank 1 fails while rank 0 waits for it in a collective."""
+    import ray
+
+    from ray_unlearn.cluster.executor import TrainWorker, _run
+
+    handle = launch(workers=2, executor="cold")
+
+    class Half:
+        """A worker's state of which rank 1 cannot read the data."""
+
+        def __init__(self, worker):
+            self.worker = worker
+
+        @property
+        def forget(self):
+            if self.worker.rank == 1:
+                raise OSError("rows unreadable here")
+            return self.worker.gather([])
+
+    def loop(config):
+        worker = TrainWorker(config["coordinator"], config["slot"])
+        if worker.rank == 0:
+            ray.get(worker.coordinator.begin.remote("trial-0000"))
+        worker.gather([])
+        _run(worker, "trial-0000", config["config"], Half(worker))
+
+    ray.get(handle.coordinator.submit.remote("trial-0000", to_dict(TRIAL), False))
+    with pytest.raises(Exception, match="rows unreadable here"):
+        handle.trainer(loop, "half", 0, config=to_dict(TRIAL)).fit()
+    ray.get(handle.coordinator.fail.remote("trial-0000", "the Train run failed"))
+    (record,), _ = load_records(tmp_path)
+    assert record.reason == "rank 1: OSError: rows unreadable here"
+
+
+def test_hundreds_of_trials_may_wait_for_their_events_while_others_post(ray_here, tmp_path):
+    import ray
+
+    from ray_unlearn.cluster.executor import start_coordinator
+
+    coordinator = start_coordinator(tmp_path, 300)
+    names = [f"trial-{number:04d}" for number in range(300)]
+    ray.get([coordinator.submit.remote(name, {}, False) for name in names])
+    waiting = [coordinator.next_event.remote(name) for name in names]
+    ended = {"status": "failed", "reason": "why"}
+    posts = [coordinator.post.remote(0, name, "ended", ended) for name in names]
+    assert ray.get(posts, timeout=60) == [True] * 300
+    assert ray.get(waiting, timeout=60) == [("ended", ended)] * 300
+    ray.kill(coordinator)
