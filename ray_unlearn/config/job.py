@@ -297,8 +297,8 @@ class Job:
             "merge.timeout": 1.0 if merge.timeout is None else merge.timeout,
             "target.learning_rate": self.target.learning_rate,
         }
-        for name, number in above_0.items():
-            require(math.isfinite(number) and number > 0, f"{name} must be a number above 0, got {number}.")
+        for name, amount in above_0.items():
+            require(math.isfinite(amount) and amount > 0, f"{name} must be a number above 0, got {amount}.")
         floor, weights = selection.utility_floor, selection.weights
         require(0 < floor <= 1, f"selection.utility_floor must be in (0, 1], got {floor}.")
         require(
