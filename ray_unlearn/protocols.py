@@ -22,6 +22,9 @@ class ModelConfig(Protocol):
     def get_text_config(self) -> ModelConfig:
         """The configuration of the language model, where a model has other parts too."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by their names."""
+
 
 class LMOutput(Protocol):
     """What a forward pass returns."""

@@ -18,8 +18,8 @@ from ray_unlearn.models.forward import (
     context_of,
     device_of,
     picked_logits,
-    remembers_all,
     right_padded,
+    rope_switch,
     vocabulary_of,
 )
 from ray_unlearn.models.likelihood import row_losses, token_losses
@@ -58,7 +58,20 @@ def letter_choices(
     shots: int,
     batch_size: int,
 ) -> list[int]:
-    """Index of the most probable next token among " A", " B", " C", " D" after the few-shot prompt.
+    """Index of the most probable next token among " A", " B", " C", " D" after the few-shot prompt."""
+    logits = letter_logits(model, tokenizer, questions, dev, shots, batch_size)
+    return [four.index(max(four)) for four in logits]
+
+
+def letter_logits(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    dev: dict[str, list[Question]],
+    shots: int,
+    batch_size: int,
+) -> list[list[float]]:
+    """Logits of " A", " B", " C", " D" after each question's few-shot prompt.
 
     The questions of a subject share the tokens of their header and examples, which are computed
     once. Raises InputError for letters that are one token, and for NaN logits.
@@ -74,12 +87,12 @@ def letter_choices(
     texts = [mmlu_prompt(q, dev.get(q.subject, []), shots, tokenizer, limit) for q in questions]
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
     _check_context([len(prompt) for prompt in prompts], context)
-    chosen = [0] * len(prompts)
+    found: list[list[float]] = [[]] * len(prompts)
     shared = [text.removesuffix(_block(question)) for text, question in zip(texts, questions, strict=True)]
     for prefix, group in _by_prefix(model, shared, prompts):
         for index, values in _last_logits(model, tokenizer.pad_token_id, prompts, prefix, group, batch_size):
-            chosen[index] = int(_finite(values[letters]).argmax())
-    return chosen
+            found[index] = _finite(values[letters]).tolist()
+    return found
 
 
 def _by_prefix(
@@ -89,10 +102,12 @@ def _by_prefix(
 
     Prompts that are alone with theirs are one group, which shares nothing.
     """
+    from ray_unlearn.models.cached_passes import reads_in_pieces
+
     groups: dict[str, list[int]] = {}
     for index, text in enumerate(shared):
         groups.setdefault(text, []).append(index)
-    if not remembers_all(model, max(map(len, prompts), default=0)):
+    if not reads_in_pieces(model, max(map(len, prompts), default=0)):
         return [((), list(range(len(prompts))))]
     found: list[tuple[tuple[int, ...], list[int]]] = []
     alone: list[int] = []
@@ -121,34 +136,47 @@ def _last_logits(
     filled = None
     if prefix:
         filled = whole_cache()
-        model(input_ids=torch.tensor([prefix], device=device), past_key_values=filled, use_cache=True, logits_to_keep=1)
+        last = torch.tensor([len(prefix) - 1], device=device)
+        picked_logits(model, torch.zeros_like(last), last, filled, input_ids=torch.tensor([prefix], device=device))
     rests = [prompts[i][len(prefix) :] for i in group]
     found = []
     most = max(1, min(batch_size, MAX_CACHED // max(1, max(len(prompts[i]) for i in group))))
-    for batch in batches([len(rest) for rest in rests], most, MAX_TOKENS):
+    for batch in batches([len(rest) for rest in rests], most, MAX_TOKENS, rope_switch(model)):
         ids = right_padded([rests[i] for i in batch], pad, device)
         rows = torch.arange(len(batch), device=device)
         last = torch.tensor([len(rests[i]) - 1 for i in batch], device=device)
         cache = selected(filled, torch.zeros_like(rows)) if filled is not None else None
-        logits, _ = picked_logits(model, rows, last, input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        logits = picked_logits(model, rows, last, cache, input_ids=ids)
         found += [(group[i], values) for i, values in zip(batch, logits, strict=True)]
     return found
 
 
 def cloze_choices(model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Question], batch_size: int) -> list[int]:
-    """Index of the option text with the lowest mean token loss after the bare question, computed once for the four."""
+    """Index of the option text with the lowest mean token loss after the bare question."""
+    losses = cloze_losses(model, tokenizer, questions, batch_size)
+    return [four.index(min(four)) for four in losses]
+
+
+def cloze_losses(
+    model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Question], batch_size: int
+) -> list[list[float]]:
+    """Mean token loss of each question's four option texts after the bare question, which is computed once for them.
+
+    Raises InputError for an option without a token, and for NaN logits.
+    """
+    from ray_unlearn.models.cached_passes import reads_after_gaps
+
     rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
-    longest = max((len(row.ids) for row in rows), default=0)
     _check_context([max(len(row.ids) for row in rows[i : i + 4]) for i in range(0, len(rows), 4)], context_of(model))
     for number, row in enumerate(rows):
         if len(row.ids) == row.prompt:
             raise InputError(f"option {'ABCD'[number % 4]} of MMLU question {number // 4 + 1} has no token to score.")
     pad = tokenizer.pad_token_id
-    if not remembers_all(model, longest):
+    prompts = [rows[4 * i].ids[: rows[4 * i].prompt] for i in range(len(questions))]
+    answers = [row.ids[row.prompt :] for row in rows]
+    if not reads_after_gaps(model, max(map(len, prompts), default=0) + max(map(len, answers), default=0)):
         losses = row_losses(model, pad, rows, batch_size, "answer")
     else:
-        prompts = [rows[4 * i].ids[: rows[4 * i].prompt] for i in range(len(questions))]
-        answers = [row.ids[row.prompt :] for row in rows]
         losses = [0.0] * len(rows)
         room = min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model)) // 4
         for group in batches([len(prompt) for prompt in prompts], max(1, batch_size // 4), room):
@@ -156,7 +184,7 @@ def cloze_choices(model: CausalLM, tokenizer: Tokenizer, questions: Sequence[Que
             for index, four in zip(group, means, strict=True):
                 losses[4 * index : 4 * index + 4] = four
     _finite(torch.tensor(losses))
-    return [min(range(4), key=lambda k, i=i: losses[4 * i + k]) for i in range(len(questions))]  # type: ignore[misc]
+    return [losses[i : i + 4] for i in range(0, len(losses), 4)]
 
 
 def _answer_losses(
@@ -165,42 +193,25 @@ def _answer_losses(
     """Mean token loss of each prompt's four answers.
 
     The prompts' pass predicts the answers' first tokens; a second one, over its cache four times,
-    reads the answers but their last token. An answer's columns begin where the longest prompt
-    ends, its positions where its own does.
+    reads the answers but their last token.
     """
+    from ray_unlearn.models.cached_passes import read_after_gap
     from ray_unlearn.models.kv_cache import selected, whole_cache
 
     device = device_of(model)
     flat = [answer for four in answers for answer in four]
     owner = torch.arange(len(prompts), device=device).repeat_interleave(4)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache = whole_cache()
     ids = right_padded(prompts, pad, device)
-    first, cache = picked_logits(
-        model,
-        torch.arange(len(prompts), device=device),
-        lengths - 1,
-        input_ids=ids,
-        past_key_values=whole_cache(),
-        use_cache=True,
-    )
+    first = picked_logits(model, torch.arange(len(prompts), device=device), lengths - 1, cache, input_ids=ids)
     targets = torch.tensor([answer[0] for answer in flat], device=device)
     totals = token_losses(first[owner], targets).double()
     counts = torch.tensor([len(answer) for answer in flat], device=device)
     if int(counts.max()) > 1:
         texts = right_padded(flat, pad, device)
-        column = torch.arange(texts.shape[1] - 1, device=device)
-        known = torch.arange(ids.shape[1], device=device) < lengths[owner][:, None]
-        rows, columns = (column < counts[:, None] - 1).nonzero(as_tuple=True)
-        logits, _ = picked_logits(
-            model,
-            rows,
-            columns,
-            input_ids=texts[:, :-1],
-            position_ids=lengths[owner][:, None] + column,
-            attention_mask=torch.cat([known, known.new_ones(len(flat), len(column))], 1).long(),
-            past_key_values=selected(cache, owner),
-            use_cache=True,
-        )
+        rows, columns = (torch.arange(texts.shape[1] - 1, device=device) < counts[:, None] - 1).nonzero(as_tuple=True)
+        logits = read_after_gap(model, selected(cache, owner), lengths[owner], texts[:, :-1], rows, columns)
         totals.index_add_(0, rows, token_losses(logits, texts[rows, columns + 1]).double())
     return (totals / counts).view(-1, 4).tolist()
 

@@ -16,7 +16,6 @@ from ray_unlearn.models.forward import (
     device_of,
     most_probable,
     picked_logits,
-    remembers_all,
     right_padded,
     share_a_pass,
     vocabulary_of,
@@ -30,11 +29,17 @@ StopEarly = Callable[[int, list[int]], bool]
 
 PROCESSORS = {
     "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "constraints": None,
+    "force_words_ids": None,
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
     "min_new_tokens": 0,
+    "max_time": None,
     "bad_words_ids": None,
     "sequence_bias": None,
     "forced_bos_token_id": None,
@@ -42,10 +47,15 @@ PROCESSORS = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
+    "remove_invalid_values": False,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "token_healing": False,
     "penalty_alpha": None,
     "dola_layers": None,
+    "is_assistant": False,
     "stop_strings": None,
+    "cache_config": None,
 }
 """Settings of a generation config that change what `generate` makes, with the value under which they do not."""
 
@@ -65,6 +75,11 @@ class _Sequence:
     def length(self) -> int:
         """Tokens of the verification pass."""
         return len(self.prompt) + len(self.draft)
+
+    @property
+    def end(self) -> int:
+        """Tokens that the row may grow to."""
+        return len(self.prompt) + self.limit
 
 
 def greedy(
@@ -94,13 +109,22 @@ def greedy(
             raise InputError(f"row {index + 1}'s prompt has {len(prompt)} tokens; the model's context is {context}.")
         draft = [] if drafts is None else list(drafts[index])[: limit - 1]
         rows.append(_Sequence(index, prompt, draft, limit))
-    longest = max((len(row.prompt) + row.limit for row in rows), default=0)
-    if _is_plain(model) and remembers_all(model, longest):
-        _Decoder(model, tokenizer.pad_token_id, stops, batch_size, stop_early).run(rows)
-    else:
-        for row in rows:
-            row.new = _generate(model, row, tokenizer.pad_token_id)
+    together = _fit_for_slots(model, rows)
+    if together:
+        _Decoder(model, tokenizer.pad_token_id, stops, batch_size, stop_early).run(together)
+    for row in rows:
+        if not row.new:
+            row.new = _generate(model, row, tokenizer, stops)
     return [row.new for row in rows]
+
+
+def _fit_for_slots(model: CausalLM, rows: Sequence[_Sequence]) -> list[_Sequence]:
+    """The rows that may decode side by side: those that no window, state or processor keeps apart."""
+    from ray_unlearn.models.cached_passes import decodes_in_slots, reach
+
+    within = reach(model) if _is_plain(model) else 0
+    fit = [row for row in rows if row.end <= within]
+    return fit if fit and decodes_in_slots(model, max(row.end for row in fit)) else []
 
 
 class _Decoder:
@@ -118,7 +142,7 @@ class _Decoder:
     def run(self, rows: Sequence[_Sequence]) -> None:
         """Fills `new` of every row."""
         waiting = deque(sorted(rows, key=lambda row: (row.length, row.index)))
-        longest = max((len(row.prompt) + row.limit for row in rows), default=0)
+        longest = max(row.end for row in rows)
         while waiting or self.active:
             free = min(self.batch_size, self.slots - len(self.active))
             if waiting and 2 * free >= self.batch_size:
@@ -141,9 +165,8 @@ class _Decoder:
         places = [(i, len(row.prompt) - 1 + k) for i, row in enumerate(group) for k in range(len(row.draft) + 1)]
         where = torch.tensor(places, device=self.device)
         ids = right_padded([[*row.prompt, *row.draft] for row in group], self.pad, self.device)
-        logits, cache = picked_logits(
-            self.model, where[:, 0], where[:, 1], input_ids=ids, past_key_values=whole_cache(), use_cache=True
-        )
+        cache = whole_cache()
+        logits = picked_logits(self.model, where[:, 0], where[:, 1], cache, input_ids=ids)
         self.slots = max(self.batch_size, CACHE_BYTES // (bytes_of_token(cache) * longest))
         said = iter(most_probable(logits).tolist())
         going: list[int] = []
@@ -159,18 +182,12 @@ class _Decoder:
 
     def _decode(self, until: int) -> None:
         """Steps until at most `until` rows go on. Slots of ended rows idle until a quarter of all have ended."""
+        from ray_unlearn.models.cached_passes import read_in_slots
+
         alive = [True] * len(self.active)
         tokens = torch.tensor([row.new[-1] for row in self.active], device=self.device)
         while sum(alive) > until:
-            out = self.model(
-                input_ids=tokens[:, None],
-                position_ids=self.cache.lengths[:, None],
-                attention_mask=self.cache.attention_mask(),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-            self.cache.advance()
-            tokens = most_probable(out.logits[:, -1])
+            tokens = most_probable(read_in_slots(self.model, self.cache, tokens))
             for slot, token in enumerate(tokens.tolist()):
                 if alive[slot]:
                     self.active[slot].new.append(token)
@@ -196,11 +213,16 @@ def _agreement(predicted: Sequence[int], draft: Sequence[int], stops: set[int]) 
 def _is_plain(model: CausalLM) -> bool:
     """Whether the model's own generation config leaves greedy decoding to the logits alone."""
     config = getattr(model, "generation_config", None)
+    if getattr(config, "cache_implementation", None) == "quantized":
+        return False
     return all(getattr(config, name, None) in (None, neutral) for name, neutral in PROCESSORS.items())
 
 
-def _generate(model: CausalLM, row: _Sequence, pad: int) -> list[int]:
-    """transformers' own loop for one row: models whose cache cannot be cut, and generation configs with processors."""
+def _generate(model: CausalLM, row: _Sequence, tokenizer: Tokenizer, stops: set[int]) -> list[int]:
+    """transformers' own loop for one row: models whose caches cannot be shared, and generation configs with processors.
+
+    It ends where `greedy` does, whatever the generation config says of EOS.
+    """
     ids = torch.tensor([list(row.prompt)], device=device_of(model))
     out = model.generate(
         ids,
@@ -208,14 +230,27 @@ def _generate(model: CausalLM, row: _Sequence, pad: int) -> list[int]:
         do_sample=False,
         max_new_tokens=row.limit,
         use_cache=True,
-        pad_token_id=pad,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stops),
+        logits_processor=[_refuse_nan],
+        return_dict_in_generate=False,
+        tokenizer=tokenizer,
     )
     new: list[int] = out[0, len(row.prompt) :].tolist()
     return new
 
 
+def _refuse_nan(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that changes nothing."""
+    most_probable(scores)
+    return scores
+
+
 def _stops(model: CausalLM, tokenizer: Tokenizer) -> set[int]:
-    """Every id that ends a text, as `generate` reads them: the generation config's, else the tokenizer's."""
+    """Every id that ends a text: the generation config's, or the tokenizer's where it states none.
+
+    There `generate` would go on to the last token asked for; a text is to stop at EOS.
+    """
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stated = tokenizer.eos_token_id if stated is None else stated
     values = stated if isinstance(stated, (list, tuple)) else [stated]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,21 +23,23 @@ MAX_PADDED = 1.125
 """Tokens of a larger pass, padding included, for each of its rows' own."""
 MAX_LOGITS = 2**27
 """Logits formed at once: 512 MiB in float32."""
-ATTENTION = ("full_attention", "sliding_attention")
+ROUNDING, HALF_ROUNDING = 0.01, 0.1
+"""Difference of logits from those of the same tokens read in another way, as a share of their spread: in float32
+(TF32 included), and in bfloat16 or float16. A token that is not seen, or at another place, changes them by far more."""
+SWITCHING_ROPE = ("longrope", "dynamic")
 
 
-def picked_logits(model: CausalLM, rows: Tensor, columns: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
-    """Logits [N, V] at hidden[rows[n], columns[n]] of a forward pass, and its cache.
+def picked_logits(model: CausalLM, rows: Tensor, columns: Tensor, cache: Any = None, **inputs: Any) -> Tensor:
+    """Logits [N, V] at hidden[rows[n], columns[n]] of a forward pass, over `cache` and into it where one is given.
 
     Only those N positions reach the output head. What the model does with its logits afterwards
     (soft caps, scales) is elementwise and stays as it is.
     """
+    inputs |= {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     if model.get_output_embeddings() is None:
-        out = model(**inputs)
-        return out.logits[rows, columns], out.past_key_values
+        return model(**inputs).logits[rows, columns]
     with head_at(model, rows, columns):
-        out = model(**inputs)
-    return out.logits[0], out.past_key_values
+        return model(**inputs).logits[0]
 
 
 @contextmanager
@@ -82,12 +85,17 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
     return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=device)
 
 
-def batches(lengths: Sequence[int], size: int, max_tokens: int) -> list[list[int]]:
-    """Indices by ascending length in groups of at most `size` rows that share a pass."""
+def batches(lengths: Sequence[int], size: int, max_tokens: int, apart: float = math.inf) -> list[list[int]]:
+    """Indices by ascending length in groups of at most `size` rows that share a pass.
+
+    Rows of up to `apart` tokens share none with longer ones (see `rope_switch`).
+    """
     waiting = deque(sorted(range(len(lengths)), key=lambda i: (lengths[i], i)))
     groups = []
     while waiting:
-        count = share_a_pass([lengths[i] for i in itertools.islice(waiting, size)], max_tokens)
+        candidates = [lengths[i] for i in itertools.islice(waiting, size)]
+        near = sum(length <= apart for length in candidates)
+        count = share_a_pass(candidates[: near or None], max_tokens)
         groups.append([waiting.popleft() for _ in range(count)])
     return groups
 
@@ -117,17 +125,59 @@ def vocabulary_of(model: CausalLM) -> int:
 def context_of(model: CausalLM) -> int | None:
     """Positions that the model was made for, or None where its configuration names no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    return int(limit) if limit and limit > 0 else None  # XLNet says -1
 
 
-def remembers_all(model: CausalLM, longest: int) -> bool:
-    """Whether all layers are attention that sees every one of `longest` tokens, so that a cache can be cut and copied.
-
-    Recurrent states cannot be wound back, and a window's edge moves with a row's own length.
-    """
+def rope_switch(model: CausalLM) -> float:
+    """Tokens of a pass beyond which RoPE takes other frequencies for all its rows (longrope, dynamic), or infinity."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    if getattr(model, "_is_stateful", False) or any(kind not in ATTENTION for kind in kinds):
-        return False
-    window = getattr(config, "sliding_window", None)
-    return window is None or longest <= window
+    trained = getattr(config, "max_position_embeddings", None)
+    limits = [
+        found.get("original_max_position_embeddings") or trained
+        for found in _dicts(getattr(config, "rope_parameters", None))
+        if found.get("rope_type") in SWITCHING_ROPE
+    ]
+    return min((limit for limit in limits if limit), default=math.inf)
+
+
+def _dicts(value: object) -> Iterator[dict[str, Any]]:
+    """A dict and all within it: models whose layers differ state their RoPE by kind of layer."""
+    if isinstance(value, dict):
+        yield value
+        for part in value.values():
+            yield from _dicts(part)
+
+
+def check_causal(model: CausalLM) -> None:
+    """Refuses a model that does not read from left to right, or has other than one row of logits for each token."""
+    ids = some_tokens(model, 5)
+    other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    seen = []
+    head = model.get_output_embeddings()
+    handle = head and head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with scoring_mode(model):
+        one, two = (model(input_ids=given, use_cache=False).logits for given in (ids, other))
+    if handle:
+        handle.remove()
+    name = type(model).__name__
+    if any(states.shape[:-1] != ids.shape for states in (one, *seen)):
+        raise InputError(f"{name} cannot be scored: it has logits for other positions than those of its tokens.")
+    if differ(one[0, :-1], two[0, :-1]):
+        raise InputError(
+            f"{name} is no causal language model as configured: a later token changes what it says of earlier ones. "
+            "An encoder such as BERT needs is_decoder: true in its config.json, and training as a decoder."
+        )
+
+
+def some_tokens(model: CausalLM, count: int) -> Tensor:
+    """[1, count] ids from the middle of the vocabulary, away from the special tokens at its ends."""
+    vocabulary = vocabulary_of(model)
+    return (vocabulary // 2 + torch.arange(count, device=device_of(model)) % max(1, vocabulary // 4))[None]
+
+
+def differ(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits differ by more than rounding does. NaN is no difference: it is found where it is used."""
+    rounding = HALF_ROUNDING if expected.dtype.itemsize == 2 else ROUNDING
+    found, expected = found.double(), expected.double()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    return bool((found - expected).norm() > rounding * spread)

@@ -18,7 +18,7 @@ from ray_unlearn.models.forward import (
     context_of,
     device_of,
     picked_logits,
-    remembers_all,
+    rope_switch,
     vocabulary_of,
 )
 from ray_unlearn.protocols import CausalLM
@@ -38,16 +38,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def row_losses(model: CausalLM, pad: int, rows: Sequence[Encoded], batch_size: int, on: str) -> list[float]:
     """Mean next-token cross-entropy of each row over its `answer` or its whole `document`, in nats.
 
-    A batch's logits fit MAX_LOGITS; a row that alone has more is read in pieces, through a cache.
+    A batch's logits fit MAX_LOGITS; a row that alone has more is read in pieces, through a cache, where
+    the model can be read so.
     """
-    device, vocabulary = device_of(model), vocabulary_of(model)
-    most = MAX_LOGITS // vocabulary
+    from ray_unlearn.models.cached_passes import reads_in_pieces
+
+    device, most = device_of(model), MAX_LOGITS // vocabulary_of(model)
     losses = [0.0] * len(rows)
     lengths = [len(row.ids) for row in rows]
-    for group in batches(lengths, batch_size, min(MAX_TOKENS, most)):
+    for group in batches(lengths, batch_size, min(MAX_TOKENS, most), rope_switch(model)):
         batch = collate([rows[i] for i in group], pad, device)
-        width = most if remembers_all(model, lengths[group[-1]]) else batch.ids.shape[1]
-        totals, counts = _sums(model, batch, batch.mask(on), max(1, width // len(group)))
+        whole, width = batch.ids.shape[1], max(1, most // len(group))
+        in_pieces = width < whole and reads_in_pieces(model, whole)
+        totals, counts = _sums(model, batch, batch.mask(on), width if in_pieces else whole)
         for index, loss in zip(group, (totals / counts.clamp(min=1)).tolist(), strict=True):
             losses[index] = loss
     return losses
@@ -63,14 +66,7 @@ def _sums(model: CausalLM, batch: Batch, mask: Tensor, width: int) -> tuple[Tens
     for start in range(0, read, width):
         end = min(start + width, read)
         rows, columns = mask[:, start:end].nonzero(as_tuple=True)
-        logits, _ = picked_logits(
-            model,
-            rows,
-            columns,
-            input_ids=batch.ids[:, start:end],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        logits = picked_logits(model, rows, columns, cache, input_ids=batch.ids[:, start:end])
         if len(rows):
             losses = token_losses(logits, batch.ids[rows, columns + start + 1])
             totals.index_add_(0, rows, losses.double())

@@ -18,6 +18,7 @@ from ray_unlearn.models.forward import (
     batches,
     device_of,
     picked_logits,
+    rope_switch,
     scoring_mode,
     vocabulary_of,
 )
@@ -56,7 +57,7 @@ def token_statistics(
             )
     found: list[TokenStatistics | None] = [None] * len(rows)
     most = min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model))
-    for group in batches([len(row.ids) for row in rows], batch_size, most):
+    for group in batches([len(row.ids) for row in rows], batch_size, most, rope_switch(model)):
         with scoring_mode(model):
             signals = _batch_signals(model, tokenizer.pad_token_id, [rows[i] for i in group], moments)
         for index, one in zip(group, signals, strict=True):
@@ -72,7 +73,7 @@ def token_statistics(
 def _batch_signals(model: CausalLM, pad_id: int, rows: Sequence[Encoded], moments: bool) -> list[TokenStatistics]:
     batch = collate(rows, pad_id, device_of(model))
     at_row, at = batch.answer.nonzero(as_tuple=True)
-    logits, _ = picked_logits(model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+    logits = picked_logits(model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention)
     labels = batch.ids[at_row, at + 1]
     step = max(1, MAX_SLICE // logits.shape[-1])
     slices = zip(logits.split(step), labels.split(step), strict=True)

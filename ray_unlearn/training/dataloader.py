@@ -157,9 +157,7 @@ def token_logps(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[T
         for group in batches(lengths, len(rows), min(MAX_TOKENS, MAX_LOGITS // vocabulary_of(model))):
             batch = collate([rows[i] for i in group], pad_id, device_of(model))
             at_row, at = batch.document.nonzero(as_tuple=True)
-            logits, _ = picked_logits(
-                model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention, use_cache=False
-            )
+            logits = picked_logits(model, at_row, at, input_ids=batch.ids, attention_mask=batch.attention)
             losses = token_losses(logits, batch.ids[at_row, at + 1]).cpu()
             for index, row in zip(group, losses.split([lengths[i] - 1 for i in group]), strict=True):
                 found[index] = -row.clone()

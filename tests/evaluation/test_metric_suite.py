@@ -290,6 +290,7 @@ class OneToken(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.full((size,), -60.0))
         self.logits.data[token] = 0.0
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
 
     def get_input_embeddings(self):
         return SimpleNamespace(weight=self.logits)

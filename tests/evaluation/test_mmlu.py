@@ -16,6 +16,7 @@ from ray_unlearn.evaluation.mmlu import mmlu_prompt
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import mmlu_choices
+from ray_unlearn.models.cached_passes import reads_in_pieces
 
 
 def unprejudiced(tiny):
@@ -44,6 +45,7 @@ def test_choices_are_those_of_a_loop_over_questions(tiny, mode, size):
 def test_a_subjects_examples_are_computed_once(tiny):
     asked = [Question("towns", q.question, q.options, q.answer) for q in questions(tiny, 9)]
     model, calls = copy.deepcopy(tiny.model), []
+    assert reads_in_pieces(model, 512)  # shown before the passes are counted
     model.register_forward_pre_hook(lambda m, a, given: calls.append(given["input_ids"].numel()), with_kwargs=True)
     settings = EvalSettings(mmlu_shots=3, batch_size=4)
     mmlu_choices(model, tiny.tokenizer, asked, {"towns": asked[:3]}, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.models import decoding, forward
+from ray_unlearn.models.cached_passes import decodes_in_slots, reach
 from ray_unlearn.models.decoding import greedy
 
 PROMPTS = [
@@ -43,8 +45,9 @@ def ending_model(tiny, token):
 
 
 def counting(tiny):
-    """A copy of the model, and the shapes of the ids that it was given, pass by pass."""
+    """A copy of the model, and the shapes of the ids that it was given, pass by pass; it has shown what it can do."""
     model, calls = copy.deepcopy(tiny.model), []
+    assert decodes_in_slots(model, 512)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -154,11 +157,11 @@ def test_a_model_with_processors_or_windows_is_left_to_generate(tiny):
     new = greedy(model, prompts, 12, tiny.tokenizer, [[5, 6]] * len(prompts))
     assert new == [by_generate(tiny, prompt, 12, model) for prompt in prompts]
     assert new != greedy(tiny.model, prompts, 12, tiny.tokenizer)
-    assert forward.remembers_all(tiny.model, 10**6)
+    assert reach(tiny.model) == math.inf
     model.config.sliding_window = 16
-    assert forward.remembers_all(model, 16) and not forward.remembers_all(model, 17)
+    assert reach(model) == 16
     model.config.layer_types = ["linear_attention", "full_attention"]
-    assert not forward.remembers_all(model, 4)
+    assert reach(model) == 0
 
 
 @pytest.mark.parametrize("window", [4, 12])
@@ -203,7 +206,7 @@ def test_grouped_heads_soft_caps_and_both_kinds_of_layers_decode_as_generate_doe
         ]
         assert greedy(model, prompts, 12, tokenizer, [plain[0], plain[1][:4], []]) == plain
         ids, rows, columns = torch.tensor([[5, 6, 7, 8]]), torch.tensor([0, 0]), torch.tensor([1, 3])
-        picked, _ = forward.picked_logits(model, rows, columns, input_ids=ids)
+        picked = forward.picked_logits(model, rows, columns, input_ids=ids)
         torch.testing.assert_close(picked, model(input_ids=ids).logits[0, [1, 3]])
         assert picked.abs().max() <= 2.0
 
