@@ -15,6 +15,8 @@ from ray_unlearn.schema import from_dict, one_of, require
 FORMAT = 1
 """Of records and job.yaml, as their `format`; files without one are of format 1. A further key has a default and needs
 no new number; what changes the meaning of a key does."""
+HEADLINES = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
+"""The numbers of a model that stand beside each other wherever it is shown."""
 RECORD_NAME = re.compile(r"(trial|merge)-\d{4,}")
 STATUSES = {"trial": ("finished", "stopped", "failed"), "merge": ("finished", "failed")}
 
@@ -62,14 +64,24 @@ class Scores:
             raise ValueError(f"an objective was not measured: {values}")
         return values  # type: ignore[return-value]
 
-    def measured(self) -> dict[str, float]:
-        """Every number of the whole model that was measured, by name."""
-        names = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def headlines(self) -> dict[str, float]:
+        """What was measured of HEADLINES, in their order."""
+        return {name: value for name in HEADLINES if (value := getattr(self, name)) is not None}
+
+    def line(self, digits: int = 3) -> str:
+        """The headlines in words, without the AUC that the MIA score is made of."""
+        return ", ".join(f"{name} {value:.{digits}f}" for name, value in self.headlines().items() if name != "mia_auc")
 
     def to_json(self) -> dict[str, Any]:
         """The fields of scores.json; parts that were not measured are absent."""
         return _without_absent(dataclasses.asdict(self))
+
+    @classmethod
+    def checked(cls, data: object, where: str) -> Scores:
+        """from_json of what a file holds; raises InputError for what are no scores."""
+        if isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        return from_dict(cls, data, where)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scores:
@@ -142,6 +154,11 @@ class Candidate:
     scores: Scores
     record: TrialRecord | MergeRecord
     snapshot: Snapshot | None = None
+
+    @property
+    def kind(self) -> str:
+        """`snapshot` or `merge`."""
+        return "merge" if self.snapshot is None else "snapshot"
 
 
 def save_record(run_dir: Path, record: TrialRecord | MergeRecord) -> None:

@@ -1,21 +1,132 @@
-"""A run's files beside its records, read strictly: what is damaged or foreign is refused by its name, with a way on."""
+"""A run's files beside its records: what they hold, and how they are read. What is damaged is refused by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.files import read_json
-from ray_unlearn.records import Scores, check_format, load_records
+from ray_unlearn.pareto import REFERENCE_POINT
+from ray_unlearn.records import Candidate, Scores, check_format, load_records
 from ray_unlearn.schema import checked_value, from_dict, require
+
+T = TypeVar("T")
 
 PARTS = ("model", "target", "data", "evaluation", "mmlu", "search", "resources", "merge", "comparison", "selection")
 """Keys of a stored job that are mappings where they are there."""
 RESTORE_JOB = "Restore it from a copy, or begin a new run in another directory."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontMember:
+    """A candidate that no other dominates."""
+
+    id: str
+    kind: str
+    """`snapshot` or `merge`."""
+    task_aggregate: float
+    mia_score: float
+    utility: float
+    final: float | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> FrontMember:
+        """The candidate's line of front.json."""
+        aggregate, mia, utility = candidate.scores.objectives()
+        return cls(
+            id=candidate.id,
+            kind=candidate.kind,
+            task_aggregate=aggregate,
+            mia_score=mia,
+            utility=utility,
+            final=candidate.scores.final,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """front.json: what no other candidate dominates, best final first."""
+
+    reference_point: tuple[float, ...] = REFERENCE_POINT
+    hypervolume: float
+    hypervolume_trials: float | None = None
+    """Of the snapshots alone, without merges."""
+    members: tuple[FrontMember, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Front:
+        """The front of front.json's content; raises InputError for what is none."""
+        return from_dict(cls, dict(data), "front.json")
+
+    def to_json(self) -> dict[str, object]:
+        """The content of front.json."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownRow:
+    """A row with what the target and the choice generate for it."""
+
+    split: str
+    id: str
+    task: str
+    kind: str
+    input: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentCounts:
+    """Documents of the membership test."""
+
+    member: int
+    nonmember_search: int
+    """Unseen ones that the search compared with."""
+    nonmember_final: int
+    """Others, that the final scores compare with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """final.json: the choice, how to make it again, and its scores beside the target's on unseen documents."""
+
+    choice: str
+    kind: str
+    """`snapshot` or `merge`."""
+    rule: str = ""
+    """By which it was chosen, in words."""
+    recipe: dict[str, object] = field(default_factory=dict)
+    """A trial's configuration and the snapshot's step, or a merge's recipe with its members'."""
+    target: Scores
+    best: Scores
+    reference: Scores | None = None
+    """Of the model that was trained without the forget set, where there is one."""
+    examples: tuple[ShownRow, ...] = ()
+    mia_documents: DocumentCounts | None = None
+    written_max_difference: float | None = None
+    """Largest difference of a written weight from the one that was scored."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> Final:
+        """The outcome of final.json's content; raises InputError for what is none."""
+        scored = {name: Scores.checked(data[name], name) for name in ("target", "best", "reference") if data.get(name)}
+        return from_dict(cls, {**data, **scored}, "final.json")
+
+    def to_json(self) -> dict[str, object]:
+        """The content of final.json; what was not measured is absent."""
+        plain = dataclasses.asdict(self)
+        scored = {name: getattr(self, name) for name in ("target", "best", "reference")}
+        plain |= {name: scores.to_json() for name, scores in scored.items() if scores is not None}
+        return {name: value for name, value in plain.items() if value is not None}
 
 
 def read_about(run_dir: Path) -> dict[str, Any] | None:
@@ -42,37 +153,32 @@ def read_about(run_dir: Path) -> dict[str, Any] | None:
 
 def read_baseline(run_dir: Path) -> Scores | None:
     """baseline.json: the target on the search's data."""
-    found = _read(run_dir / "baseline.json", {}, "Move it away: the target is then scored again.")
-    return None if found is None else _scores(found, run_dir / "baseline.json")
+    make = functools.partial(Scores.checked, where="the scores")
+    return _read(run_dir / "baseline.json", make, "the target is then scored again")
 
 
-def read_front(run_dir: Path) -> dict[str, Any] | None:
+def read_front(run_dir: Path) -> Front | None:
     """front.json: reference point, hypervolume, members."""
-    types = {"hypervolume": float, "members": list[dict[str, Any]]}
-    return _read(run_dir / "front.json", types, "Move it away: the same command writes it again.")
+    return _read(run_dir / "front.json", Front.from_json, "the same command writes it again")
 
 
-def read_final(run_dir: Path) -> dict[str, Any] | None:
+def read_final(run_dir: Path) -> Final | None:
     """final.json: the choice, its recipe, and the scores of target and best on unseen documents."""
-    types = {"choice": str, "kind": str, "target": dict, "best": dict}
-    path = run_dir / "final.json"
-    final = _read(path, types, "Move it away: the same command chooses, writes and scores again.")
-    if final is not None:
-        for part in (final["target"], final["best"], final.get("reference")):
-            if part is not None:
-                _scores(part, path)
-    return final
+    return _read(run_dir / "final.json", Final.from_json, "the same command chooses, writes and scores again")
 
 
 def read_seconds(run_dir: Path) -> dict[str, float]:
     """seconds.json: wall-clock seconds of each stage that has run."""
-    path, mend = run_dir / "seconds.json", "Move it away: the stages' times so far are then lost, and nothing else."
-    return {name: _typed(float, value, path, name, mend) for name, value in (_read(path, {}, mend) or {}).items()}
+
+    def seconds(data: Mapping[str, object]) -> dict[str, float]:
+        return {name: float(checked_value(float, value, name)) for name, value in data.items()}
+
+    return _read(run_dir / "seconds.json", seconds, "the stages' times so far are then lost, and nothing else") or {}
 
 
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
+def read_summary(run_dir: Path) -> dict[str, object] | None:
     """summary.json: what the run came to."""
-    return _read(run_dir / "summary.json", {}, "Move it away: the same command writes it again.")
+    return _read(run_dir / "summary.json", dict, "the same command writes it again")
 
 
 def check_files(run_dir: Path) -> None:
@@ -81,27 +187,12 @@ def check_files(run_dir: Path) -> None:
         read(run_dir)
 
 
-def _read(path: Path, types: Mapping[str, Any], mend: str) -> dict[str, Any] | None:
+def _read(path: Path, make: Callable[[dict[str, object]], T], otherwise: str) -> T | None:
+    """What `make` makes of the JSON object in a file, None where there is no file; `otherwise` says what happens once
+    a damaged one is moved away."""
+    mend = f"Move it away: {otherwise}."
     data = read_json(path, mend)
-    if data is None:
-        return None
-    for key, kind in types.items():
-        if key not in data:
-            raise InputError(f"{path} lacks the key {key!r}. {mend}")
-        _typed(kind, data[key], path, key, mend)
-    return data
-
-
-def _typed(kind: Any, value: object, path: Path, key: str, mend: str) -> Any:
     try:
-        return checked_value(kind, value, key)
+        return None if data is None else make(data)
     except InputError as error:
         raise InputError(f"{path}: {error} {mend}") from None
-
-
-def _scores(data: dict[str, Any], path: Path) -> Scores:
-    known = {key: value for key, value in data.items() if key in Scores.__dataclass_fields__}
-    try:
-        return from_dict(Scores, known, "the scores")
-    except InputError as error:
-        raise InputError(f"{path} does not hold scores: {error} Move it away: they are then made again.") from None

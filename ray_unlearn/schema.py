@@ -31,10 +31,16 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
         if key not in known:
             raise unknown_name(f"key in {where or cls.__name__}", key, known)
     values = {key: checked_value(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in data.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:  # a required key is missing
-        raise InputError(f"{where or cls.__name__}: {error}.") from error
+    missing = [name for name in required_keys(cls) if name not in values]
+    if missing:
+        raise InputError(f"{where or cls.__name__} lacks {', '.join(map(repr, missing))}.")
+    return cls(**values)
+
+
+def required_keys(cls: type) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    absent = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.default is absent and f.default_factory is absent]
 
 
 @functools.cache

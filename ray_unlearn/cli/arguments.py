@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What commands are added to; argparse has no public name for it."""
 Body = Callable[[argparse.Namespace], int]
 """What a command does with its arguments; returns the exit code."""
 
 
-def command(commands: Any, body: Body, name: str, what: str, example: str) -> argparse.ArgumentParser:
+def command(commands: Commands, body: Body, name: str, what: str, example: str) -> argparse.ArgumentParser:
     """A command with its body, and an example in its help."""
     p: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -70,15 +72,9 @@ def evaluation_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--mmlu-shots", type=int, default=5)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """JSON on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def shown(scores: Any) -> str:
-    """Scores in a line."""
-    names = ("task_aggregate", "mia_score", "utility", "final")
-    return ", ".join(f"{name} {getattr(scores, name):.4f}" for name in names if getattr(scores, name) is not None)
 
 
 def evaluation_settings(a: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ray_unlearn.cli.arguments import Body, command, json_flag, plugin_flag, print_json
+from ray_unlearn.cli.arguments import Body, Commands, command, json_flag, plugin_flag, print_json
 
 
 def _methods(a: argparse.Namespace) -> int:
@@ -110,7 +110,7 @@ LISTS: tuple[tuple[str, str, Body], ...] = (
 )
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The four commands' arguments."""
     for name, what, body in LISTS:
         p = command(commands, body, name, f"list {what} with formula, parameters, source", f"{name} --json")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.cli.arguments import (
+    Commands,
     command,
     evaluation_flags,
     evaluation_settings,
@@ -14,11 +14,10 @@ from ray_unlearn.cli.arguments import (
     model_and_data,
     plugin_flag,
     print_json,
-    shown,
 )
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,
@@ -83,5 +82,5 @@ def _evaluate(a: argparse.Namespace) -> int:
         log=Progress().line,
         **evaluation_settings(a),
     )
-    print_json(scores.to_json()) if a.json else print(f"{shown(scores)}  {a.out}")
+    print_json(scores.to_json()) if a.json else print(f"{scores.line(4)}  {a.out}")
     return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ray_unlearn.cli.arguments import command, plugin_flag
+from ray_unlearn.cli.arguments import Commands, command, plugin_flag
 from ray_unlearn.errors import InputError
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,

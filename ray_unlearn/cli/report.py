@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ray_unlearn.cli.arguments import command
+from ray_unlearn.cli.arguments import Commands, command
 
 
 def _report(a: argparse.Namespace) -> int:
@@ -16,7 +15,7 @@ def _report(a: argparse.Namespace) -> int:
     return 0
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(commands, _report, "report", "write a run's report again from its records", "report runs/quickstart")
     p.add_argument("run_dir", metavar="RUN_DIR")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from ray_unlearn.cli.arguments import command, json_flag, print_json, set_flag, skip_flag
+from ray_unlearn.cli.arguments import Commands, command, json_flag, print_json, set_flag, skip_flag
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ray_unlearn.cli.arguments import command, json_flag, print_json, shown
+from ray_unlearn.cli.arguments import Commands, command, json_flag, print_json
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,
@@ -39,5 +38,5 @@ def _score(a: argparse.Namespace) -> int:
         retain=a.retain,
         out=a.out,
     )
-    print_json(scores.to_json()) if a.json else print(f"{shown(scores)}  {a.out}")
+    print_json(scores.to_json()) if a.json else print(f"{scores.line(4)}  {a.out}")
     return 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ray_unlearn.cli.arguments import command, set_flag
+from ray_unlearn.cli.arguments import Commands, command, set_flag
 
 
 def _submit(a: argparse.Namespace) -> int:
@@ -15,7 +14,7 @@ def _submit(a: argparse.Namespace) -> int:
     return submit(Path(a.job), a.address, a.set, a.out)
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from ray_unlearn.cli.arguments import command, plugin_flag, skip_flag
+from ray_unlearn.cli.arguments import Commands, command, plugin_flag, skip_flag
 from ray_unlearn.errors import InputError
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,

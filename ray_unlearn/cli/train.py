@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.cli.arguments import (
+    Commands,
     command,
     evaluation_flags,
     evaluation_settings,
@@ -15,11 +15,10 @@ from ray_unlearn.cli.arguments import (
     plugin_flag,
     print_json,
     set_flag,
-    shown,
 )
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """The command's arguments."""
     p = command(
         commands,
@@ -74,5 +73,5 @@ def _train(a: argparse.Namespace) -> int:
     else:
         print(f"{record.id} {record.status} {record.reason}".strip())
         for snapshot in record.snapshots:
-            print(f"  step {snapshot.step}: {shown(snapshot.scores)}  {Path(a.out) / snapshot.path}")
+            print(f"  step {snapshot.step}: {snapshot.scores.line(4)}  {Path(a.out) / snapshot.path}")
     return 0 if record.status != "failed" else 1

@@ -192,7 +192,7 @@ class Coordinator:
             )
         )
         trial.course += content["course"]
-        await trial.events.put(("snapshot", {"step": content["step"], **_objectives(scores)}))
+        await trial.events.put(("snapshot", {"step": content["step"], **scores.headlines()}))
 
     async def _end(self, trial_id: str, status: str, reason: str) -> None:
         trial = self.trials[trial_id]
@@ -242,8 +242,3 @@ class Coordinator:
     async def close(self) -> None:
         """Sends the warm workers home."""
         self.closed = True
-
-
-def _objectives(scores: Scores) -> dict[str, float]:
-    names = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
-    return {name: value for name in names if (value := getattr(scores, name)) is not None}

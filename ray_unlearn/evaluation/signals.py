@@ -188,7 +188,7 @@ def _scores(signals: Signals, group: str) -> list[dict[str, float]]:
     """Every objective that was measured, then every term."""
     scores = signals.subject.scores
     assert scores is not None
-    return [scores.measured() | scores.terms]
+    return [scores.headlines() | scores.terms]
 
 
 MAKERS: dict[str, Callable[[Signals, str], Sequence[object]]] = {

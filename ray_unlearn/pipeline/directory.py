@@ -190,18 +190,19 @@ def remove_unrecorded(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def write_summary(out: Path) -> dict[str, Any]:
+def write_summary(out: Path) -> dict[str, object]:
     """summary.json from the run's files; computes nothing but counts."""
     trials, merges = load_records(out)
-    front, final, baseline = read_front(out), read_final(out) or {}, read_baseline(out)
+    front, final, baseline = read_front(out), read_final(out), read_baseline(out)
     # Contract: finished, pruned and failed; a trial that its own guard stopped is what Optuna's users call pruned.
     statuses = {"finished": "finished", "stopped": "pruned", "failed": "failed"}
-    summary: dict[str, Any] = {
-        "target": final.get("target") or (baseline and baseline.to_json()),
-        "best": final.get("best"),
-        "choice": final.get("choice"),
-        "front_size": len(front["members"]) if front else 0,
-        "hypervolume": front["hypervolume"] if front else 0.0,
+    target = final.target if final else baseline
+    summary: dict[str, object] = {
+        "target": target and target.to_json(),
+        "best": final and final.best.to_json(),
+        "choice": final and final.choice,
+        "front_size": len(front.members) if front else 0,
+        "hypervolume": front.hypervolume if front else 0.0,
         "trials": {shown: sum(t.status == status for t in trials) for status, shown in statuses.items()},
         "merges": {status: sum(m.status == status for m in merges) for status in ("finished", "failed")},
         "seconds": read_seconds(out),

@@ -26,7 +26,7 @@ from ray_unlearn.pipeline.target import job_target
 from ray_unlearn.progress import Progress
 from ray_unlearn.records import Scores, load_records
 from ray_unlearn.report import write_report
-from ray_unlearn.run_files import read_about
+from ray_unlearn.run_files import read_about, read_final
 from ray_unlearn.schema import from_dict
 from ray_unlearn.search.spaces import Space, load_space
 from ray_unlearn.training.dataloader import check_rows
@@ -92,12 +92,13 @@ def _run(job: Job, out: Path, address: str | None, progress: Progress) -> RunRes
             shared_storage=shared,
         )
         choice = _stages(state, space, points)
-    summary = write_summary(out)
+    write_summary(out)
     write_report(out)
     if choice is None:
         raise RuntimeError(_nothing_feasible(state))
-    target, best = Scores.from_json(summary["target"]), Scores.from_json(summary["best"])
-    return RunResult(run_dir=out, choice=choice, target=target, best=best)
+    final = read_final(out)
+    assert final is not None
+    return RunResult(run_dir=out, choice=choice, target=final.target, best=final.best)
 
 
 def _resolve(job: Job | str | Path | dict[str, Any], out: str | Path | None) -> tuple[Job, Path]:

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,6 +22,7 @@ from ray_unlearn.pipeline.directory import Run
 from ray_unlearn.protocols import CausalLM
 from ray_unlearn.records import Candidate, MergeRecord, candidates, load_records
 from ray_unlearn.report import model_card
+from ray_unlearn.run_files import DocumentCounts, Final, ShownRow
 
 
 def choose(members: Sequence[Candidate], weights: Sequence[float]) -> Candidate:
@@ -46,29 +46,28 @@ def deliver(run: Run, choice: Candidate) -> None:
     even = len(set(weights)) == 1
     rule = "highest final among feasible candidates" if even else f"highest mean of the objectives, weighted {weights}"
     data = run.inputs.final_set
-    final: dict[str, Any] = {
-        "choice": choice.id,
-        "kind": "snapshot" if choice.snapshot else "merge",
-        "rule": rule,
-        "recipe": recipe_of(run, choice),
-        "target": target.to_json(),
-        "best": best.to_json(),
-        "examples": examples(run, before, after),
-        "mia_documents": {
-            "member": len(data.members),
-            "nonmember_search": len(run.inputs.search_set.nonmembers),
-            "nonmember_final": len(data.nonmembers),
-        },
-        "written_max_difference": difference,
-    }
-    if reference:
-        final["reference"] = reference[0][0].to_json()
+    final = Final(
+        choice=choice.id,
+        kind=choice.kind,
+        rule=rule,
+        recipe=recipe_of(run, choice),
+        target=target,
+        best=best,
+        reference=reference[0][0] if reference else None,
+        examples=examples(run, before, after),
+        mia_documents=DocumentCounts(
+            member=len(data.members),
+            nonmember_search=len(run.inputs.search_set.nonmembers),
+            nonmember_final=len(data.nonmembers),
+        ),
+        written_max_difference=difference,
+    )
     job = yaml.safe_load((run.dir / "job.yaml").read_text())
-    write_text(run.dir / "best" / "README.md", model_card(job, final, target, versions()))
-    write_json(run.dir / "final.json", final)
+    write_text(run.dir / "best" / "README.md", model_card(job, final, versions()))
+    write_json(run.dir / "final.json", final.to_json())
 
 
-def recipe_of(run: Run, choice: Candidate) -> dict[str, Any]:
+def recipe_of(run: Run, choice: Candidate) -> dict[str, object]:
     """How to make the candidate again: a trial's config and the step of the snapshot, or a merge's recipe with
     those of its members."""
     if isinstance(choice.record, MergeRecord):
@@ -114,7 +113,7 @@ def write_best(run: Run, choice: Candidate) -> float:
     return difference
 
 
-def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> tuple[ShownRow, ...]:
     """The first rows of each split, task and kind, with what the two models generated."""
     rows = [("forget", e) for e in run.inputs.forget] + [("retain", e) for e in run.inputs.retain]
     shown: dict[tuple[str, str, str], int] = {}
@@ -124,15 +123,15 @@ def examples(run: Run, before: Sequence[str], after: Sequence[str]) -> list[dict
         shown[cell] = shown.get(cell, 0) + 1
         if shown[cell] <= run.job.selection.examples:
             picked.append(
-                {
-                    "split": split,
-                    "id": row.id,
-                    "task": row.task,
-                    "kind": row.kind,
-                    "input": row.input,
-                    "expected": row.output,
-                    "before": old,
-                    "after": new,
-                }
+                ShownRow(
+                    split=split,
+                    id=row.id,
+                    task=row.task,
+                    kind=row.kind,
+                    input=row.input,
+                    expected=row.output,
+                    before=old,
+                    after=new,
+                )
             )
-    return picked
+    return tuple(picked)

@@ -12,11 +12,11 @@ from ray_unlearn.cluster.merge_actor import MergePool
 from ray_unlearn.cluster.model_transfer import ModelSource, WorkerSpec
 from ray_unlearn.files import versions, write_json
 from ray_unlearn.merging import MergeRecipe
-from ray_unlearn.pareto import REFERENCE_POINT, feasible, front, hypervolume
+from ray_unlearn.pareto import feasible, front, hypervolume
 from ray_unlearn.pipeline import selection
 from ray_unlearn.pipeline.directory import Run, remove_unrecorded, study_place
 from ray_unlearn.records import Candidate, MergeRecord, Scores, candidates, load_records, save_record
-from ray_unlearn.run_files import read_baseline, read_final
+from ray_unlearn.run_files import Front, FrontMember, read_baseline, read_final
 from ray_unlearn.search.merge_space import Growth, MergeSpace
 from ray_unlearn.search.merges import recover_merges, search_merges
 from ray_unlearn.search.samplers import find_sampler
@@ -31,7 +31,7 @@ def baseline(run: Run) -> Scores:
     if scores is None:
         ((scores, _),) = score_models(run.job, [run.model_path], run.inputs.search_set, run.shared_storage)
         write_json(run.dir / "baseline.json", scores.to_json())
-    run.progress.line(f"target: {_shown(scores)}")
+    run.progress.line(f"target: {scores.line()}")
     return scores
 
 
@@ -168,7 +168,7 @@ def save_merge(run: Run, name: str, recipe: MergeRecipe, scores: Scores | None, 
         versions=versions(),
     )
     save_record(run.dir, record)
-    run.progress.line(f"{name}: {_shown(scores) if scores else 'failed: ' + reason}")
+    run.progress.line(f"{name}: {scores.line() if scores else 'failed: ' + reason}")
     run.progress.advance()
 
 
@@ -178,23 +178,12 @@ def write_front(run: Run) -> list[Candidate]:
     points = [c.scores.objectives() for c in everything]
     members = sorted((everything[i] for i in front(points)), key=lambda c: -(c.scores.final or 0.0))
     trials_only = [c.scores.objectives() for c in everything if c.snapshot is not None]
-    write_json(
-        run.dir / "front.json",
-        {
-            "reference_point": list(REFERENCE_POINT),
-            "hypervolume": hypervolume(points),
-            "hypervolume_trials": hypervolume(trials_only),
-            "members": [
-                {
-                    "id": c.id,
-                    "kind": "snapshot" if c.snapshot else "merge",
-                    **dict(zip(("task_aggregate", "mia_score", "utility"), c.scores.objectives(), strict=True)),
-                    "final": c.scores.final,
-                }
-                for c in members
-            ],
-        },
+    found = Front(
+        hypervolume=hypervolume(points),
+        hypervolume_trials=hypervolume(trials_only),
+        members=tuple(map(FrontMember.of, members)),
     )
+    write_json(run.dir / "front.json", found.to_json())
     return members
 
 
@@ -205,13 +194,8 @@ def select(run: Run) -> str | None:
     if not members:
         return None
     choice = selection.choose(members, run.job.selection.weights)
-    run.progress.line(f"chosen: {choice.id} ({_shown(choice.scores)})")
+    run.progress.line(f"chosen: {choice.id} ({choice.scores.line()})")
     final = read_final(run.dir)
-    if final is None or final["choice"] != choice.id or not (run.dir / "best").exists():
+    if final is None or final.choice != choice.id or not (run.dir / "best").exists():
         selection.deliver(run, choice)
     return choice.id
-
-
-def _shown(scores: Scores) -> str:
-    names = ("task_aggregate", "mia_score", "utility", "final")
-    return ", ".join(f"{name} {getattr(scores, name):.3f}" for name in names if getattr(scores, name) is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from ray_unlearn.records import Scores
 from ray_unlearn.report.table import GROUPS, score_rows
+from ray_unlearn.run_files import DocumentCounts, Final
 
 LIMITS = """\
 - Only the documents that are no members in the membership test are new to the search. The forget and retain
@@ -23,26 +24,23 @@ LIMITS = """\
 - The scores describe behaviour. They are no proof that the data's influence is gone."""
 
 
-def model_card(job: dict[str, Any], final: dict[str, Any], target_scores: Scores, versions: dict[str, str]) -> str:
+def model_card(job: Mapping[str, Any], final: Final, versions: Mapping[str, str]) -> str:
     """README.md of the chosen model, with Hugging Face front matter.
 
-    `job` is the whole of job.yaml (job, data_digests, git_commit), `final` the content of final.json,
-    `target_scores` the untouched target on the same documents as final["best"].
+    `job` is the whole of job.yaml (job, data_digests, git_commit).
     """
-    best = Scores.from_json(final["best"])
-    reference = Scores.from_json(final["reference"]) if final.get("reference") else None
     settings = job.get("job", {})
     path = str((settings.get("model") or {}).get("path") or "")
     return "\n".join(
         [
             _front_matter(path),
             f"# Unlearned {_text(path.rstrip('/').rpartition('/')[2]) or 'model'}\n",
-            *_what_was_done(path, final, target_scores, best),
-            *_scores(target_scores, best, reference),
+            *_what_was_done(path, final),
+            *_scores(final.target, final.best, final.reference),
             *_candidate(final),
             "## Data\n",
             *_table(("data", "digest"), sorted((job.get("data_digests") or {}).items())),
-            *_documents(final.get("mia_documents") or {}),
+            *_documents(final.mia_documents),
             "## Limits\n",
             LIMITS + "\n",
             "## Versions\n",
@@ -55,7 +53,7 @@ def model_card(job: dict[str, Any], final: dict[str, Any], target_scores: Scores
     )
 
 
-def merge_card(plan: dict[str, Any]) -> str:
+def merge_card(plan: Mapping[str, Any]) -> str:
     """README.md of a merge made by hand: the content of its merge.json, from which it can be made again."""
     method, members = _code(plan["method"]), ", ".join(_code(member) for member in plan["members"])
     return "\n".join(
@@ -71,21 +69,21 @@ def merge_card(plan: dict[str, Any]) -> str:
 
 
 def _front_matter(path: str) -> str:
-    values: dict[str, Any] = {"library_name": "transformers", "tags": ["unlearning", "ray_unlearn"]}
+    values: dict[str, object] = {"library_name": "transformers", "tags": ["unlearning", "ray_unlearn"]}
     # the hub resolves base_model, so a folder on this machine must not be named there
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists():
         values["base_model"] = path
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 
-def _what_was_done(path: str, final: dict[str, Any], target: Scores, best: Scores) -> list[str]:
-    kind = "a merge of snapshots" if final.get("kind") == "merge" else "a snapshot of one trial"
+def _what_was_done(path: str, final: Final) -> list[str]:
+    kind = "a merge of snapshots" if final.kind == "merge" else "a snapshot of one trial"
     return [
         f"This model was made from {_code(path) if path else 'a target model'} by unlearning: training and merging "
         "meant to make it forget a set of rows while it keeps the rest. ray_unlearn searched over trials and merges; "
-        f"{_code(final['choice'])} was chosen, {kind}.\n",
-        f"Final score: {_number(target.final)} before, {_number(best.final)} after.\n",
-        *([f"Rule of the choice: {_text(final['rule'])}\n"] if final.get("rule") else []),
+        f"{_code(final.choice)} was chosen, {kind}.\n",
+        f"Final score: {_number(final.target.final)} before, {_number(final.best.final)} after.\n",
+        *([f"Rule of the choice: {_text(final.rule)}\n"] if final.rule else []),
     ]
 
 
@@ -109,21 +107,21 @@ def _scores(target: Scores, best: Scores, reference: Scores | None) -> list[str]
     return lines
 
 
-def _candidate(final: dict[str, Any]) -> list[str]:
-    recipe = final.get("recipe") or {}
+def _candidate(final: Final) -> list[str]:
+    recipe, names = final.recipe, final.recipe.get("members")
     method = _code(recipe.get("method", "not recorded"))
-    if final.get("kind") == "merge":
-        members = ", ".join(_code(member) for member in recipe.get("members", [])) or "not recorded"
+    if final.kind == "merge":
+        members = ", ".join(map(_code, names if isinstance(names, list) else ())) or "not recorded"
         return ["## Merge recipe\n", f"Method {method}; members {members}.\n", _yaml_block(recipe)]
     return ["## Method and parameters\n", f"Method {method}, with the trial's configuration:\n", _yaml_block(recipe)]
 
 
-def _documents(counts: dict[str, Any]) -> list[str]:
-    if not counts:
+def _documents(counts: DocumentCounts | None) -> list[str]:
+    if counts is None:
         return []
     return [
-        f"Membership test: {counts.get('member', '?')} members; {counts.get('nonmember_final', '?')} unseen documents "
-        f"for the scores above, {counts.get('nonmember_search', '?')} others during the search.\n"
+        f"Membership test: {counts.member} members; {counts.nonmember_final} unseen documents "
+        f"for the scores above, {counts.nonmember_search} others during the search.\n"
     ]
 
 
@@ -145,14 +143,14 @@ def _code(value: object) -> str:
     return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"
 
 
-def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
     if not rows:
         return ["None on record.\n"]
     lines = [head, ("---",) * len(head), *rows]
     return ["\n".join("| " + " | ".join(_text(cell) for cell in line) + " |" for line in lines) + "\n"]
 
 
-def _yaml_block(value: Any) -> str:
+def _yaml_block(value: object) -> str:
     text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
     # a fence longer than any run of backticks inside cannot be closed by the text
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 
 from ray_unlearn.merging import MERGES
-from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord
+from ray_unlearn.records import Candidate, MergeRecord, TrialRecord
 from ray_unlearn.report import figures
 from ray_unlearn.report.run import RunView
-from ray_unlearn.report.table import GROUPS, score_rows
+from ray_unlearn.report.table import GROUPS, TableRow, score_rows
+from ray_unlearn.run_files import Final
 
 SHOWN_CANDIDATES = 60
 
@@ -29,10 +30,10 @@ def render(run: RunView) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, signed=_signed, duration=_duration, interval=_interval)
-    final = run.final or {}
+    final = run.final
     model = _model_name(run.about["job"])
     groups = _score_groups(run)
-    view: dict[str, Any] = {
+    view: dict[str, object] = {
         "title": f"Unlearning of {model.rstrip('/').rpartition('/')[2]}",
         "run": run,
         "model": model,
@@ -41,8 +42,8 @@ def render(run: RunView) -> str:
         "missing": _missing(run),
         "facts": _facts(run),
         "scores": groups,
-        "scores_have_intervals": any(row.intervals != (None, None, None) for group in groups for row in group["rows"]),
-        "has_reference": bool(final.get("reference")),
+        "scores_have_intervals": any(row.intervals != (None, None, None) for group in groups for row in group.rows),
+        "has_reference": final is not None and final.reference is not None,
         "planes": _planes(run),
         **_recipes(run),
         "candidates": _candidate_rows(run),
@@ -52,14 +53,14 @@ def render(run: RunView) -> str:
         "failures": _failures(run),
         "examples": _examples(final),
         "job_yaml": _yaml(run.about["job"]),
-        "recipe_yaml": _yaml(final.get("recipe") or {}),
+        "recipe_yaml": _yaml(final.recipe if final else {}),
         "seconds": (run.summary or {}).get("seconds") or {},
         **_courses(run),
     }
     return environment.get_template("page.html.jinja").render(view)
 
 
-def _model_name(job: dict[str, Any]) -> str:
+def _model_name(job: Mapping[str, Any]) -> str:
     """The given model's path, the base it was made from, or the benchmark that made it."""
     model, target = job.get("model") or {}, job.get("target") or {}
     made = f"the {target['benchmark']} benchmark's target" if target.get("benchmark") else target.get("base")
@@ -99,8 +100,8 @@ def _verdict(run: RunView) -> dict[str, str]:
     """One sentence on how the run came out, and the tone of its box: good, poor or open."""
     if run.final is None:
         return {"tone": "open", "text": _unfinished(run)}
-    target, best = Scores.from_json(run.final["target"]), Scores.from_json(run.final["best"])
-    start = f"The chosen {run.final['kind']} {run.final['choice']}"
+    target, best = run.final.target, run.final.best
+    start = f"The chosen {run.final.kind} {run.final.choice}"
     if best.final is None or target.final is None:
         return {"tone": "open", "text": f"{start} has no final score to compare: a part of it was not measured."}
     gain = best.final - target.final
@@ -158,22 +159,28 @@ def _facts(run: RunView) -> list[tuple[str, str]]:
         facts.append((_count(len(records), noun), parts or "none on record"))
     facts.append((_count(len(run.candidates), "candidate"), "snapshots and merges with scores"))
     if run.front is not None:
-        without = _number(run.front.get("hypervolume_trials"))
+        without = _number(run.front.hypervolume_trials)
         facts.append((f"{len(run.front_ids)} on the front", "no other is at least as good in all three objectives"))
-        facts.append((_number(run.front.get("hypervolume")), f"hypervolume of the front; without merges {without}"))
+        facts.append((_number(run.front.hypervolume), f"hypervolume of the front; without merges {without}"))
     return facts
 
 
-def _score_groups(run: RunView) -> list[dict[str, Any]]:
+class ScoreGroup(NamedTuple):
+    """Measures under one heading."""
+
+    name: str
+    rows: list[TableRow]
+
+
+def _score_groups(run: RunView) -> list[ScoreGroup]:
     """Target against best; before the end, the target alone on the documents of the search."""
     final = run.final
     if final is None:
         rows = score_rows(run.baseline, None) if run.baseline else []
     else:
-        parts = [Scores.from_json(final[key]) if final.get(key) else None for key in ("target", "best", "reference")]
-        rows = score_rows(*parts)
+        rows = score_rows(final.target, final.best, final.reference)
     groups = dict.fromkeys(row.group for row in rows)
-    return [{"name": GROUPS.get(group, group), "rows": [r for r in rows if r.group == group]} for group in groups]
+    return [ScoreGroup(GROUPS.get(group, group), [r for r in rows if r.group == group]) for group in groups]
 
 
 def _planes(run: RunView) -> list[figures.Picture]:
@@ -189,17 +196,17 @@ def _planes(run: RunView) -> list[figures.Picture]:
     )
 
 
-def _courses(run: RunView) -> dict[str, Any]:
+def _courses(run: RunView) -> dict[str, object]:
     """The figure of the courses and the trials it highlights, with why."""
     drawn = [trial for trial in run.trials if trial.status != "failed" and trial.snapshots]
     owners = {snapshot.id: trial.id for trial in drawn for snapshot in trial.snapshots}
-    recipe = (run.final or {}).get("recipe") or {}
+    recipe = run.final.recipe if run.final else {}
     if run.choice in owners:
         why, wanted = "the trial of the choice", [owners[run.choice]]
     elif run.choice is not None:
         why = "the trials that the chosen merge was made of"
-        leaves = recipe.get("member_trials") or recipe.get("members", [])  # a member may be a merge itself
-        wanted = [owners[member] for member in leaves if member in owners]
+        leaves = recipe.get("member_trials") or recipe.get("members") or ()  # a member may be a merge itself
+        wanted = [owners[name] for name in leaves if name in owners] if isinstance(leaves, (dict, list)) else []
     else:
         scored = [(s.scores.final, trial.id) for trial in drawn for s in trial.snapshots if s.scores.final is not None]
         why, wanted = "the trial with the highest final so far", [max(scored)[1]] if scored else []
@@ -219,7 +226,7 @@ def _courses(run: RunView) -> dict[str, Any]:
     return {"courses": pictures, "highlighted": colours, "highlighted_why": why}
 
 
-def _recipes(run: RunView) -> dict[str, Any]:
+def _recipes(run: RunView) -> dict[str, object]:
     """The figures of the merges, and the colours of their methods."""
     methods = list(dict.fromkeys(str(merge.recipe.get("method")) for merge in run.merges if merge.scores))
     colours = {method: figures.METHODS[i % len(figures.METHODS)] for i, method in enumerate(methods)}
@@ -240,7 +247,7 @@ def _recipes(run: RunView) -> dict[str, Any]:
     return {"recipes": pictures, "merge_colours": colours}
 
 
-def _candidate_rows(run: RunView) -> list[dict[str, Any]]:
+def _candidate_rows(run: RunView) -> list[dict[str, object]]:
     """All candidates: the front's members first, then by final; the template cuts the list."""
     front = set(run.front_ids)
 
@@ -288,14 +295,14 @@ def _failures(run: RunView) -> list[TrialRecord | MergeRecord]:
     return [record for record in records if record.status != "finished"]
 
 
-def _examples(final: dict[str, Any]) -> list[dict[str, Any]]:
-    examples = final.get("examples") or []
+def _examples(final: Final | None) -> list[dict[str, object]]:
+    examples = final.examples if final else ()
     notes = {
         "forget": "These rows should be forgotten: after, the answer should no longer be the expected text.",
         "retain": "These rows should be kept: after, the answer should still be the expected text.",
     }
     return [
-        {"split": split, "note": note, "rows": [e for e in examples if e["split"] == split]}
+        {"split": split, "note": note, "rows": [e for e in examples if e.split == split]}
         for split, note in notes.items()
-        if any(e["split"] == split for e in examples)
+        if any(e.split == split for e in examples)
     ]

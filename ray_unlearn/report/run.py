@@ -10,6 +10,7 @@ from ray_unlearn import run_files
 from ray_unlearn.errors import InputError
 from ray_unlearn.pareto import feasible
 from ray_unlearn.records import Candidate, MergeRecord, Scores, TrialRecord, candidates, load_records
+from ray_unlearn.run_files import Final, Front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,9 @@ class RunView:
     merges: list[MergeRecord] = field(default_factory=list)
     baseline: Scores | None = None
     """The target on the documents of the search, so comparable with every candidate."""
-    front: dict[str, Any] | None = None
-    final: dict[str, Any] | None = None
-    summary: dict[str, Any] | None = None
+    front: Front | None = None
+    final: Final | None = None
+    summary: dict[str, object] | None = None
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -35,12 +36,12 @@ class RunView:
     @property
     def front_ids(self) -> list[str]:
         """Ids of the front's members, in the order of front.json."""
-        return [str(member["id"]) for member in (self.front or {}).get("members", [])]
+        return [member.id for member in self.front.members] if self.front else []
 
     @property
     def choice(self) -> str | None:
         """Id of the chosen candidate."""
-        return None if self.final is None else self.final.get("choice")
+        return None if self.final is None else self.final.choice
 
     @property
     def floor(self) -> float | None:

@@ -145,11 +145,7 @@ def _snapshot(
         scores = score_model(engine.module, state.tokenizer, state.eval_set, state.eval_settings, shard)
         weights = engine.weights(trainable.names)
     files = trainable.files(weights) if worker.rank == 0 else {}
-    metrics = {
-        **monitor.latest(),
-        **{name: getattr(scores, name) for name in ("task_aggregate", "mia_auc", "mia_score", "utility", "final")},
-    }
-    worker.report({name: value for name, value in metrics.items() if value is not None})
+    worker.report({**monitor.latest(), **scores.headlines()})
     worker.post(
         "snapshot",
         step=index + 1,

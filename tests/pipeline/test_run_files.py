@@ -35,7 +35,7 @@ def test_a_stored_run_of_format_1_is_read_resumed_and_reported(run):
     assert trial.id == "trial-0000" and [snapshot.step for snapshot in trial.snapshots] == [4, 8]
     assert trial.snapshots[1].scores.objectives() == (0.0, pytest.approx(1 / 48), 0.5)
     assert MergeRecipe.from_json(merge.recipe).members and merge.scores
-    assert run_files.read_baseline(run).utility == 0.5 and run_files.read_final(run)["choice"] == "trial-0000/00004"
+    assert run_files.read_baseline(run).utility == 0.5 and run_files.read_final(run).choice == "trial-0000/00004"
     assert set(run_files.read_seconds(run)) == {"target", "baseline", "search", "merge", "selection"}
     claim(run, job_of(run))
     assert "trial-0000/00004" in write_report(run).read_text()
@@ -73,18 +73,22 @@ DAMAGED = [
     ("records/trial-0000.json", lambda path: change(path, id="trial-0007"), "its id is 'trial-0007'"),
     ("records/trial-0000.json", lambda path: change(path, status="done"), "unknown value for status: 'done'"),
     ("records/trial-0000.json", lambda path: change(path, seconds="soon"), "record.seconds must be float"),
-    ("records/trial-0000.json", lambda path: change(path, snapshots=[{"id": "x"}]), r"snapshots\[0\]: .*missing"),
+    (
+        "records/trial-0000.json",
+        lambda path: change(path, snapshots=[{"id": "x"}]),
+        r"snapshots\[0\] lacks 'step'",
+    ),
     ("records/trial-0000.json", lambda path: change(path, seconds=float("nan")), "NaN is no number"),
     ("records/trial-abcd.json", lambda path: "{}", "its name is not that of a trial"),
     ("records/notes.json", lambda path: "{}", "its name is not that of a trial"),
     ("records/merge-0001.json", lambda path: change(path, recipe=None), "record.recipe must be a mapping"),
     ("baseline.json", lambda path: "{", "scored again"),
-    ("baseline.json", lambda path: "{}", "does not hold scores"),
+    ("baseline.json", lambda path: "{}", "lacks 'terms', 'raw', 'counts'"),
     ("baseline.json", lambda path: change(path, utility="high"), "scores.utility must be float"),
     ("seconds.json", lambda path: '{"target": 1', "the stages' times"),
     ("seconds.json", lambda path: '{"target": null}', "target must be float"),
-    ("final.json", lambda path: "{}", "lacks the key 'choice'"),
-    ("final.json", lambda path: change(path, target={}), "does not hold scores"),
+    ("final.json", lambda path: "{}", "lacks 'choice', 'kind'"),
+    ("final.json", lambda path: change(path, target={}), "lacks 'terms', 'raw', 'counts'"),
     ("front.json", lambda path: '{"members": [1], "hypervolume": 1}', r"members\[0\] must be a mapping"),
     ("summary.json", lambda path: "", "it is empty"),
     ("job.yaml", lambda path: "job: [", "not readable YAML"),

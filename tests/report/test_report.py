@@ -20,6 +20,7 @@ from ray_unlearn.records import Scores, save_record
 from ray_unlearn.report import model_card, write_report
 from ray_unlearn.report.run import load_run
 from ray_unlearn.report.table import score_rows
+from ray_unlearn.run_files import Final
 
 
 def test_a_finished_run_shows_everything_on_record(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_intervals_stand_beside_the_scores_and_in_the_figures(tmp_path: Path) ->
     assert "<small>" not in before and page.count("<img src=") == before.count("<img src=")
     assert page.split("<img src=")[1] != before.split("<img src=")[1]  # the bars are drawn
     low, high = final["best"]["intervals"]["final"]
-    card = model_card(ABOUT, final, Scores.from_json(final["target"]), {})
+    card = model_card(ABOUT, Final.from_json(final), {})
     assert f"{final['best']['final']:.3f} ({low:.3f} to {high:.3f})" in card and "In brackets: 95 %" in card
 
 
@@ -202,7 +203,7 @@ def test_the_card_holds_scores_digests_and_recipe(tmp_path: Path) -> None:
     final |= {"choice": "merge-0001", "kind": "merge"}
     final["recipe"] = {"method": "ties", "members": ["trial-0001/00020", "trial-0003/00040"], "lambda": 0.85}
     target = Scores.from_json(final["target"])
-    card = model_card(ABOUT, final, target, {"torch": "2.9.0"})
+    card = model_card(ABOUT, Final.from_json(final), {"torch": "2.9.0"})
     assert f"{target.final:.3f} before, {final['best']['final']:.3f} after" in card
     for text in ("aaaa1111bbbb2222", "lambda: 0.85", "`trial-0003/00040`", "utility_floor: 0.75", "c0ffee", "2.9.0"):
         assert text in card
@@ -215,7 +216,7 @@ def test_the_card_of_a_snapshot_names_its_base_on_the_hub(tmp_path: Path) -> Non
     final |= {"choice": "trial-0001/00020", "kind": "snapshot", "recipe": {"method": "npo", "note": "```"}}
     del final["reference"], final["mia_documents"]
     about = {"job": {"model": {"path": "allenai/OLMo-1B-0724-hf"}}}
-    card = model_card(about, final, Scores.from_json(final["target"]), {})
+    card = model_card(about, Final.from_json(final), {})
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "allenai/OLMo-1B-0724-hf"
     assert "## Method and parameters" in card and "````yaml" in card and "retrained" not in card
 
