@@ -7,15 +7,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.merging.methods import MERGES, Settings
+from ray_unlearn.schema import checked_value
 
 Graded: TypeAlias = float | list[float]
 """A number, or anchors that are spread evenly over the layers, first to last, with straight lines between."""
@@ -122,13 +123,12 @@ class MergeRecipe:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MergeRecipe:
-        """The inverse of to_json; keys that are no part of a recipe are ignored."""
-        names = {entry.name for entry in dataclasses.fields(cls)}
-        values = {"lambda_" if key == "lambda" else key: value for key, value in data.items()}
-        values = {key: value for key, value in values.items() if key in names}
-        nested = {name: cls.from_json(recipe) for name, recipe in values.get("merges", {}).items()}
-        return cls(**{**values, "merges": nested})
+    def from_json(cls, data: object, where: str = "recipe") -> MergeRecipe:
+        """The inverse of to_json; `where` is the path used in messages.
+
+        Raises InputError for an unknown key, a wrong type, and a recipe within itself.
+        """
+        return _from_json(data, where, ())
 
     def leaves(self) -> list[str]:
         """The members that are no merges, of this recipe and of those within it, in order, each once."""
@@ -170,6 +170,26 @@ class MergeRecipe:
                 for place, (delta, density) in enumerate(zip(deltas, settings.densities, strict=True))
             ]
         return method.consensus(torch.zeros_like(kept[0]) if base is None else base, kept, settings)
+
+
+def _from_json(data: object, where: str, around: tuple[int, ...]) -> MergeRecipe:
+    if not isinstance(data, dict):
+        raise InputError(f"{where} must be a mapping of keys to values, got {data!r:.60}.")
+    if id(data) in around:  # YAML's aliases can do that
+        raise InputError(f"{where} contains itself.")
+    hints = {"lambda" if name == "lambda_" else name: hint for name, hint in get_type_hints(MergeRecipe).items()}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in hints:
+            raise unknown_name(f"key in {where}", key, hints)
+        if key != "merges":
+            values["lambda_" if key == "lambda" else key] = checked_value(hints[key], value, f"{where}: {key}")
+    nested = data.get("merges", {})
+    if not isinstance(nested, dict):
+        raise InputError(f"{where}: merges must map names to recipes, got {nested!r:.60}.")
+    inner = (*around, id(data))
+    merges = {str(name): _from_json(recipe, f"{where}: merges.{name}", inner) for name, recipe in nested.items()}
+    return MergeRecipe(**values, merges=merges)
 
 
 def at_depth(value: Graded, depth: float) -> float:

@@ -13,10 +13,13 @@ import yaml
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging.recipe import MergeRecipe
 from ray_unlearn.models.loading import DTYPES
-from ray_unlearn.schema import one_of
+from ray_unlearn.schema import checked_value, one_of
 
 MERGE_FILE = "merge.json"
 CARD_BLOCK = re.compile(r"^## Merge recipe$.*?^(`{3,})yaml\n(?P<recipe>.*?)^\1$", re.MULTILINE | re.DOTALL)
+
+ABOUT = {"base": str | None, "folder": str | None, "dtype": str | None, "member_trials": dict | None}
+"""What stands in a file beside the recipe, with its types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +58,13 @@ def read_merge_file(given: Path) -> MergeFile:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError as error:
         raise InputError(f"no such recipe: {path}.") from error
-    except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is neither JSON nor YAML: {error}.") from error
     if not isinstance(data, dict) or "members" not in data:
         raise InputError(f"{path} holds no merge recipe: a mapping with method, members, weights and densities.")
-    folder, dtype = data.get("folder"), data.get("dtype", "float32")
-    one_of(f"dtype in {path}:", dtype, DTYPES)
-    return MergeFile(
-        recipe=MergeRecipe.from_json(data), base=data.get("base"), folder=Path(folder) if folder else None, dtype=dtype
-    )
+    about = {key: checked_value(hint, data.get(key), f"{path}: {key}") for key, hint in ABOUT.items()}
+    dtype = about["dtype"] or "float32"
+    one_of(f"dtype in {path}", dtype, DTYPES)
+    recipe = MergeRecipe.from_json({key: value for key, value in data.items() if key not in ABOUT}, str(path))
+    folder = Path(about["folder"]) if about["folder"] else None
+    return MergeFile(recipe=recipe, base=about["base"], folder=folder, dtype=dtype)

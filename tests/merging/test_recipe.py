@@ -7,11 +7,13 @@ import math
 
 import pytest
 import torch
+import yaml
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.factors import Factors, concatenated, shared_start, ties_factors, truncated
 from ray_unlearn.merging.recipe import at_depth, depth_of
+from ray_unlearn.merging.recipe_file import read_merge_file
 
 
 def generator(seed):
@@ -86,7 +88,7 @@ def test_recipes_survive_their_file_and_old_ones_still_load():
     )
     assert MergeRecipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
     assert recipe.leaves() == ["a", "b", "c"]
-    old = {"method": "ties", "members": ["a"], "weights": [1.0], "densities": [0.5], "lambda": 0.9, "member_trials": {}}
+    old = {"method": "ties", "members": ["a"], "weights": [1.0], "densities": [0.5], "lambda": 0.9}
     assert MergeRecipe.from_json(old).lambda_ == 0.9
     assert set(inner.to_json()) == {"method", "members", "weights", "densities", "lambda"}
 
@@ -121,3 +123,61 @@ def test_recipes_that_cannot_be_merged_are_refused(changes, message):
     good = {"members": ["a", "b"], "weights": [1.0, 1.0], "densities": [1.0, 1.0]}
     with pytest.raises(InputError, match=message):
         MergeRecipe(**{**good, **changes})
+
+
+GOOD = {"method": "ties", "members": ["a", "b"], "weights": [1, 0.5], "densities": [1.0, [0.8, 1]], "lambda": 0.9}
+UNREADABLE = {
+    "a misspelled key": (GOOD | {"lamda": 0.5}, r"unknown key in .*x.yaml 'lamda'. Did you mean 'lambda'"),
+    "a field's name": (GOOD | {"lambda_": 0.5}, "unknown key in .*x.yaml 'lambda_'. Did you mean 'lambda'"),
+    "a key that is no text": (GOOD | {3: 1}, "unknown key in .*x.yaml 3"),
+    "weights text": (GOOD | {"weights": "1 1"}, "x.yaml: weights must be a list, got '1 1'"),
+    "weights words": (GOOD | {"weights": ["one", 1]}, r"x.yaml: weights\[0\] must be float, got 'one'"),
+    "weights nested": (GOOD | {"weights": [[[1]], 1]}, r"x.yaml: weights\[0\] must be float"),
+    "lambda text": (GOOD | {"lambda": "much"}, "x.yaml: lambda must be float, got 'much'"),
+    "normalize text": (GOOD | {"normalize": "no"}, "x.yaml: normalize must be bool, got 'no'"),
+    "seed a fraction": (GOOD | {"seed": 0.5}, "x.yaml: seed must be int, got 0.5"),
+    "method a number": (GOOD | {"method": 3}, "x.yaml: method must be str, got 3"),
+    "members numbers": (GOOD | {"members": [1, 2]}, r"x.yaml: members\[0\] must be str, got 1"),
+    "members text": (GOOD | {"members": "ab"}, "x.yaml: members must be a list, got 'ab'"),
+    "merges a list": (GOOD | {"merges": [1]}, r"x.yaml: merges must map names to recipes, got \[1\]"),
+    "a merge a list": (
+        GOOD | {"merges": {"a": [1]}},
+        r"merges.a must be a mapping of keys to values, got \[1\]",
+    ),
+    "a merge misspelled": (GOOD | {"merges": {"a": GOOD | {"lamda": 1}}}, "unknown key in .*x.yaml: merges.a 'lamda'"),
+    "base a number": (GOOD | {"base": 3}, "x.yaml: base must be str, got 3"),
+    "folder a number": (GOOD | {"folder": 3}, "x.yaml: folder must be str, got 3"),
+    "dtype unknown": (GOOD | {"dtype": "float8"}, "unknown value for dtype in .*x.yaml: 'float8'"),
+    "a list": ([GOOD], "x.yaml holds no merge recipe"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_recipe_file_is_read_strictly(tmp_path, case):
+    content, message = UNREADABLE[case]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=message):
+        read_merge_file(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(GOOD))
+    assert read_merge_file(tmp_path / "x.yaml").recipe.weights == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("members: &a [*a]\nweights: [1]\ndensities: [1]\n", r"members\[0\] must be str"),
+        ("members: [a]\nweights: &a [*a]\ndensities: [1]\n", r"weights\[0\] must be float"),
+        ("&a\nmembers: [a]\nweights: [1]\ndensities: [1]\nmerges: {a: *a}\n", "merges.a.*contains itself"),
+        (
+            "members: [a]\nweights: [1]\ndensities: [1]\nmerges:\n  a: &a\n    members: [b]\n    weights: [1]\n"
+            "    densities: [1]\n    merges: {b: *a}\n",
+            "merges.a: merges.b contains itself",
+        ),
+        ("[" * 5000, "is neither JSON nor YAML"),
+    ],
+    ids=["members", "weights", "the whole", "a merge", "deep"],
+)
+def test_a_recipe_file_that_holds_itself_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_merge_file(tmp_path / "x.yaml")
