@@ -34,6 +34,8 @@ class Example:
     """Another answer, in data made for methods that prefer it to the one to be forgotten."""
     perturbed: tuple[str, ...] = ()
     """Wrong answers, in data made for truth ratios."""
+    paraphrased: tuple[str, ...] = ()
+    """The right answer in other words, in data made for truth ratios."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""The wrong answers that a truth ratio holds against a row's right one."""
+"""The right and wrong answers that a truth ratio compares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ray_unlearn.errors import InputError
 from ray_unlearn.records import Example, document_id
@@ -11,18 +12,48 @@ WRONG_ANSWERS = 3
 """Other rows' answers that a row is compared with, where the data bring no perturbed answers."""
 
 
-def wrong_answers(rows: Sequence[Example], split: str) -> list[list[str]]:
-    """Of each row of a split, its perturbed answers, or other rows' answers where no row has perturbed ones.
+@dataclass(frozen=True)
+class Contrasts:
+    """What the truth ratios of a split are made of, an entry for each row."""
 
-    Raises InputError where some rows have perturbed answers and others none, and for a row that no other contradicts.
+    right: Sequence[Sequence[str]]
+    wrong: Sequence[Sequence[str]]
+    facts: Mapping[str, str]
+    """`answers` and `wrong_answers`: where they are from."""
+
+
+def contrasts(rows: Sequence[Example], split: str) -> Contrasts:
+    """The paraphrased answers of a split's rows, or the trained ones where no row has others, and the perturbed
+    answers, or other rows' answers where no row has any.
+
+    A paraphrase is TOFU's: a truth ratio is to measure what is known, not a text that was learnt by heart. Raises
+    InputError where some rows have such answers and others none, and for a row that no other contradicts.
     """
-    bare = [row.id for row in rows if not row.perturbed]
-    if bare and len(bare) < len(rows):
+    right = _all_or_none("paraphrased", [row.paraphrased for row in rows], rows, split)
+    wrong = _all_or_none("perturbed", [row.perturbed for row in rows], rows, split)
+    return Contrasts(
+        right=right or [[row.output] for row in rows],
+        wrong=wrong or other_answers(rows),
+        facts={
+            "answers": "paraphrased" if right else "trained",
+            "wrong_answers": "perturbed" if wrong else "of other rows",
+        },
+    )
+
+
+def _all_or_none(
+    what: str, answers: Sequence[Sequence[str]], rows: Sequence[Example], split: str
+) -> Sequence[Sequence[str]] | None:
+    """The answers, or None where no row has any."""
+    bare = [row.id for row, given in zip(rows, answers, strict=True) if not given]
+    if not bare:
+        return answers
+    if len(bare) < len(rows):
         raise InputError(
-            f"{len(bare)} of the {split} set's {len(rows)} rows have no perturbed answer ({bare[0]!r} the first); "
+            f"{len(bare)} of the {split} set's {len(rows)} rows have no {what} answer ({bare[0]!r} the first); "
             "give at least one for every row of a set, or none at all."
         )
-    return other_answers(rows) if bare else [list(row.perturbed) for row in rows]
+    return None
 
 
 def other_answers(rows: Sequence[Example], count: int = WRONG_ANSWERS) -> list[list[str]]:

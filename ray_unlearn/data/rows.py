@@ -15,8 +15,9 @@ from ray_unlearn.records import Example
 
 KINDS = ("sc", "qa")
 ROW_FIELDS = ("id", "input", "output", "task")
-ALTERNATE, PERTURBED = "alternate", "perturbed"
-"""An optional column: another answer to the row, for methods that prefer it to the one to be forgotten."""
+ALTERNATE, PERTURBED, PARAPHRASED = "alternate", "perturbed", "paraphrased"
+"""Optional columns: another answer to the row, for methods that prefer it to the one to be forgotten; for truth ratios
+wrong answers, and the right one in other words."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,30 @@ def _perturbed_problem(row: dict[str, Any]) -> str | None:
         return None
     if not isinstance(stated, list):
         return f"perturbed must be a list of texts, got {stated!r:.60}"
-    problem = next(filter(None, (row_problem({PERTURBED: text}, (PERTURBED,)) for text in stated)), None)
-    return problem or ("perturbed holds the output itself" if row["output"] in stated else None)
+    return _texts_problem(row, PERTURBED, stated)
+
+
+def _paraphrased_problem(row: dict[str, Any]) -> str | None:
+    """Why a row's right answers in other words cannot be used, or None."""
+    stated = row.get(PARAPHRASED)
+    if stated is None:
+        return None
+    if not isinstance(stated, (str, list)):
+        return f"paraphrased must be a text or a list of texts, got {stated!r:.60}"
+    both = [text for text in _paraphrased(row) if text in (row.get(PERTURBED) or ())]
+    return _texts_problem(row, PARAPHRASED, _paraphrased(row)) or (
+        f"perturbed holds the paraphrased answer {both[0]!r:.60}" if both else None
+    )
+
+
+def _texts_problem(row: dict[str, Any], column: str, texts: Sequence[object]) -> str | None:
+    problem = next(filter(None, (row_problem({column: text}, (column,)) for text in texts)), None)
+    return problem or (f"{column} holds the output itself" if row["output"] in texts else None)
+
+
+def _paraphrased(row: dict[str, Any]) -> tuple[Any, ...]:
+    stated = row.get(PARAPHRASED) or ()
+    return (stated,) if isinstance(stated, str) else tuple(stated)
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,8 @@ def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
     for number, row in read_rows(path):
         problem = row_problem(row, fields)
         if problem is None and "input" in fields:
-            problem = kind_problem(row) or _alternate_problem(row) or _perturbed_problem(row)
+            checks = (kind_problem, _alternate_problem, _perturbed_problem, _paraphrased_problem)
+            problem = next(filter(None, (check(row) for check in checks)), None)
         if problem is None and row["id"] in seen:
             problem = f"id {row['id']!r} is already used in row {seen[row['id']]}"
         if problem:
@@ -216,6 +240,7 @@ def _example(row: dict[str, Any]) -> Example:
         kind=kind_of(row) or "",
         alternate=row.get(ALTERNATE),
         perturbed=tuple(row.get(PERTURBED) or ()),
+        paraphrased=_paraphrased(row),
     )
 
 

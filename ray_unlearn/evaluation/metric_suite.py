@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ray_unlearn.data.contrasts import wrong_answers
+from ray_unlearn.data.contrasts import contrasts
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.signals import Inputs, Signals, Subject
 from ray_unlearn.evaluation.spec import EvalSet
@@ -80,14 +80,20 @@ def check_inputs(names: Sequence[str], data: EvalSet, reference: bool) -> list[s
             raise InputError(f"metric {name!r} needs forget rows, got none.")
         if "log_truth_ratio" in metric.signals:
             for split in metric.groups:
-                wrong_answers(data.forget if split == "forget" else data.retain, split)
+                contrasts(data.forget if split == "forget" else data.retain, split)
     return chosen
 
 
 def _measure(metric: Metric, signals: Signals) -> dict[str, Part]:
     """One metric of one model."""
     samples = {group: _sample(metric, signals, group) for group in metric.groups}
-    return metric.summary(metric.compute, {group: sample for group, sample in samples.items() if sample.signals})
+    samples = {group: sample for group, sample in samples.items() if sample.signals}
+    parts = metric.summary(metric.compute, samples)
+    for group in samples:
+        facts = signals.facts(metric.signals, group)
+        for part in [group] if group in parts else parts:
+            parts[part] |= facts
+    return parts
 
 
 def _sample(metric: Metric, signals: Signals, group: str) -> Sample:

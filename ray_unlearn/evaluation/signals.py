@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol, TypeVar
 
-from ray_unlearn.data.contrasts import wrong_answers
+from ray_unlearn.data.contrasts import Contrasts, contrasts
 from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSet
@@ -65,6 +65,10 @@ class Inputs:
         """The rows of a split."""
         return {"forget": self.data.forget, "retain": self.data.retain}[group]
 
+    def contrasts(self, split: str) -> Contrasts:
+        """The right and wrong answers of a split's rows."""
+        return contrasts(self.rows(split), split)
+
     def part(self, group: str) -> slice:
         """Where a group stands in a list of forget, then retain rows, or of members, then the others."""
         data = self.data
@@ -105,6 +109,11 @@ class Signals:
             return self.reference.column(name.removeprefix(REFERENCE), group)
         return MAKERS[name](self, group)
 
+    def facts(self, names: Sequence[str], group: str) -> dict[str, str]:
+        """What is to be said, beside a metric's value, of how its signals of a group were made."""
+        known = [FACTS[name](self.inputs, group) for name in names if name in FACTS]
+        return {key: value for facts in known for key, value in facts.items()}
+
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Those of the signals that cannot be made, as the model came without what they are."""
         mine = [name for name in names if name in GIVEN and GIVEN[name](self.subject) is None]
@@ -122,15 +131,20 @@ class Signals:
     def log_truth_ratios(self, split: str) -> list[float]:
         """Of each row of a split, log R of right against wrong answers."""
         if split not in self._log_ratios:
-            rows = self.inputs.rows(split)
-            wrong = wrong_answers(rows, split)
-            texts = [(row.input, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
-            found = iter(mean_log_prob(one.log_probs) for one in self._statistics(texts))
-            self._log_ratios[split] = [
-                log_truth_ratio(mean_log_prob(right.log_probs), [next(found) for _ in answers])
-                for right, answers in zip(self.answers(split), wrong, strict=True)
-            ]
+            known = self.inputs.contrasts(split)
+            right, wrong = (self._mean_log_probs(split, answers) for answers in (known.right, known.wrong))
+            self._log_ratios[split] = [log_truth_ratio(*row) for row in zip(right, wrong, strict=True)]
         return self._log_ratios[split]
+
+    def _mean_log_probs(self, split: str, answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Of each row of a split, the mean token log-probability of each of its answers."""
+        rows = self.inputs.rows(split)
+        if answers == [[row.output] for row in rows]:
+            found = iter(self.answers(split))
+        else:
+            texts = [(row.input, answer) for row, given in zip(rows, answers, strict=True) for answer in given]
+            found = iter(self._statistics(texts))
+        return [[mean_log_prob(next(found).log_probs) for _ in given] for given in answers]
 
     @cached_property
     def documents(self) -> list[TokenStatistics]:
@@ -206,6 +220,10 @@ MAKERS: dict[str, Callable[[Signals, str], Sequence[object]]] = {
     "scores": _scores,
 }
 """The one place that makes each signal; Metric.signals says what each is."""
+FACTS: dict[str, Callable[[Inputs, str], Mapping[str, str]]] = {
+    "log_truth_ratio": lambda inputs, group: inputs.contrasts(group).facts,
+}
+"""Signals that can be made in several ways, and the words for the way that was taken."""
 GIVEN: dict[str, Callable[[Subject], object]] = {
     "generated": lambda subject: subject.texts,
     "scores": lambda subject: subject.scores,

@@ -47,17 +47,20 @@ def extraction_strength(matches: ArrayLike) -> float:
     return 1 - (int(wrong[-1]) + 1 if wrong.size else 0) / np.size(matches)
 
 
-def log_truth_ratio(paraphrased: float, perturbed: Sequence[float]) -> float:
-    """log R = mean_j l_j - l: mean token log-probabilities of wrong answers against that of the right one.
+def log_truth_ratio(right: Sequence[float], wrong: Sequence[float]) -> float:
+    """log R = mean_j l_j - mean_i l_i: mean token log-probabilities of wrong answers against those of right ones.
 
-    TOFU's code takes this geometric mean over the wrong answers; its paper
-    an arithmetic one. In logarithms, so that the ratio of two answers that are both improbable is still their ratio:
-    open-unlearning adds 1e-10 to the probability it divides by, and gives a collapsed model 0. Raises InputError where
-    there is no wrong answer.
+    The right ones are to be paraphrases of what was trained, so that R does not measure a text learnt by heart (TOFU).
+    TOFU's code takes this geometric mean over the wrong answers, and open-unlearning over several right ones too; the
+    paper an arithmetic one. In logarithms, so that the ratio of two answers that are both improbable is still their
+    ratio: open-unlearning adds 1e-10 to the probability it divides by, and gives a collapsed model 0. Raises InputError
+    where one side is empty.
     """
-    if not len(perturbed):
-        raise InputError("a truth ratio needs at least one wrong answer beside the right one, got none.")
-    return math.fsum(perturbed) / len(perturbed) - paraphrased
+    if not len(right) or not len(wrong):
+        raise InputError(
+            f"a truth ratio needs at least one right and one wrong answer, got {len(right)} and {len(wrong)}."
+        )
+    return math.fsum(wrong) / len(wrong) - math.fsum(right) / len(right)
 
 
 def truth_ratio(log_ratio: float, split: str) -> float:
@@ -88,7 +91,8 @@ METRICS = {
     "truth_ratio": Metric(
         compute=truth_ratio,
         signals=("log_truth_ratio", "split"),
-        formula="R = exp(mean_j l_j - l), l mean token log-probabilities of the right and of wrong answers; "
+        formula="R = exp(mean_j l_j - mean_i l_i), l mean token log-probabilities of wrong answers j (perturbed, or of "
+        "other rows) and of right ones i (paraphrased, or the trained one; the result says which); "
         "mean over forget rows of min(R, 1/R), over retain rows of max(0, 1 - R)",
         range=(0, 1),
         best={"forget": 1.0, "retain": 1.0},

@@ -81,7 +81,8 @@ METRICS = {
         signals=("log_truth_ratio", "reference_log_truth_ratio"),
         groups=("forget",),
         summary=one_value,
-        formula="p-value of the two-sample KS test of the forget rows' truth ratios, model against reference",
+        formula="p-value of the two-sample KS test of the forget rows' truth ratios R (see truth_ratio), model against "
+        "reference",
         range=(0, 1),
         best={"value": 1.0},
         collapsed="near 0: its ratios all lie at 1",

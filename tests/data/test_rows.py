@@ -113,6 +113,10 @@ BAD_ROWS = [
     (row("b1sc1", perturbed="one"), "perturbed must be a list of texts, got 'one'"),
     (row("b1sc1", perturbed=["one", ""]), "field 'perturbed' is empty"),
     (row("b1sc1", perturbed=["one", row()["output"]]), "perturbed holds the output itself"),
+    (row("b1sc1", paraphrased=7), "paraphrased must be a text or a list of texts, got 7"),
+    (row("b1sc1", paraphrased=["one", " "]), "field 'paraphrased' is empty"),
+    (row("b1sc1", paraphrased=row()["output"]), "paraphrased holds the output itself"),
+    (row("b1sc1", paraphrased="one", perturbed=["two", "one"]), "perturbed holds the paraphrased answer 'one'"),
     (json.dumps(row("b1sc1", output="half \ud800")), "field 'output' holds half of a surrogate pair"),
     ("[" * 100_000, "broken JSON"),
     (row("a1sc1"), "id 'a1sc1' is already used in row 1"),
@@ -141,6 +145,14 @@ def test_wrong_answers_are_read_from_either_kind_of_file(tmp_path):
     rows = [row("a1sc1", perturbed=["one", "two"]), row("b1sc1", perturbed=[]), row("c1sc1")]
     for path in (write(tmp_path / "f.jsonl", rows), write_parquet(tmp_path / "f.parquet", rows)):
         assert [example.perturbed for example in load_examples(path, "f").examples] == [("one", "two"), (), ()]
+
+
+def test_a_paraphrase_is_a_text_or_a_list_of_texts(tmp_path):
+    rows = [row("a1sc1", paraphrased=["one", "two"]), row("b1sc1", paraphrased=[]), row("c1sc1")]
+    for path in (write(tmp_path / "f.jsonl", rows), write_parquet(tmp_path / "f.parquet", rows)):
+        assert [example.paraphrased for example in load_examples(path, "f").examples] == [("one", "two"), (), ()]
+    path = write_parquet(tmp_path / "one.parquet", [row("a1sc1", paraphrased="one"), row("b1sc1")])
+    assert [example.paraphrased for example in load_examples(path, "f").examples] == [("one",), ()]
 
 
 def test_blank_lines_count_in_row_numbers(tmp_path):

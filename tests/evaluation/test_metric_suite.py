@@ -18,12 +18,12 @@ from ray_unlearn.data.benchmarks.embedded import members as of_members
 from ray_unlearn.data.contrasts import other_answers
 from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation.metric_suite import extra_names, more_metrics
+from ray_unlearn.evaluation.metric_suite import check_inputs, extra_names, more_metrics
 from ray_unlearn.evaluation.signals import ModelHere
 from ray_unlearn.metrics import METRICS, auc
 from ray_unlearn.metrics.generation import rouge_l_f1
 from ray_unlearn.metrics.privacy import forget_quality, privleak
-from ray_unlearn.metrics.table import DOCUMENTS
+from ray_unlearn.metrics.table import DOCUMENTS, ROWS
 from ray_unlearn.models.token_statistics import gradient_norms
 from ray_unlearn.records import Example, Scores
 
@@ -143,6 +143,47 @@ def test_truth_ratio_and_forget_quality_use_given_or_other_rows_answers_and_keep
         InputError, match=f"1 of the retain set's 4 rows have no perturbed answer .'{small.retain[0].id}'"
     ):
         measure(given)
+
+
+def test_truth_ratios_are_of_paraphrases_where_there_are_any_and_not_of_what_was_trained(tiny, data, other):
+    """TOFU and open-unlearning: a memorised text is what R must not measure."""
+    wrong, right = ("nobody at all", "a heavy bell"), ("a lantern, it was", "It was the lantern")
+
+    def measured(**changes):
+        rows = {split: [replace(row, perturbed=wrong, **changes) for row in getattr(data, split)[:4]] for split in ROWS}
+        given = SimpleNamespace(**{**vars(data), **rows})
+        model, reference = ModelHere(model=tiny.model), ModelHere(model=other)
+        return more_metrics(["truth_ratio", "forget_quality"], model, tiny.tokenizer, given, reference=reference)
+
+    def ratios(split, model):
+        return [
+            math.exp(fmean(logs) - fmean(answer_logs(tiny, model, row, right)))
+            for row in getattr(data, split)[:4]
+            for logs in [answer_logs(tiny, model, row, wrong)]
+        ]
+
+    found, trained = measured(paraphrased=right), measured()
+    assert found == measured(paraphrased=right, output="something else was trained") != trained
+    of_forget = [min(ratio, 1 / ratio) for ratio in ratios("forget", tiny.model)]
+    of_retain = [max(0.0, 1 - ratio) for ratio in ratios("retain", tiny.model)]
+    assert found["truth_ratio"]["forget"]["value"] == pytest.approx(fmean(of_forget), rel=1e-4)
+    assert found["truth_ratio"]["retain"]["value"] == pytest.approx(fmean(of_retain), rel=1e-3, abs=1e-4)
+    quality = forget_quality(ratios("forget", tiny.model), ratios("forget", other))
+    assert found["forget_quality"]["value"]["value"] == pytest.approx(quality)
+    for result, answers in ((found, "paraphrased"), (trained, "trained")):
+        parts = [*result["truth_ratio"].values(), *result["forget_quality"].values()]
+        assert [(part["answers"], part["wrong_answers"]) for part in parts] == [(answers, "perturbed")] * 3
+    alone = SimpleNamespace(**{**vars(data), "retain": []})
+    alone = more_metrics(["truth_ratio"], ModelHere(model=tiny.model), tiny.tokenizer, alone)["truth_ratio"]
+    assert alone.keys() == {"forget"} and alone["forget"]["wrong_answers"] == "of other rows"
+    some = [replace(data.forget[0], paraphrased=right), *data.forget[1:4]]
+    with pytest.raises(InputError, match="3 of the forget set's 4 rows have no paraphrased answer"):
+        check_inputs(["forget_quality"], SimpleNamespace(**{**vars(data), "forget": some}), True)
+
+
+def answer_logs(tiny, model, row, answers):
+    """Mean token log-probability of each answer to a row, one token at a time."""
+    return [fmean(slow_signals(model, encode(tiny.tokenizer, row.input, answer))[0]) for answer in answers]
 
 
 MEMBERSHIP = [name for name, metric in METRICS.items() if metric.groups == DOCUMENTS and "auc" in metric.best]

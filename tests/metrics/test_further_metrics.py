@@ -86,7 +86,7 @@ def test_truth_ratio_is_tofu_s(seed):
     right, wrong = drawn_log_probs(rng), [drawn_log_probs(rng) for _ in range(rng.randint(1, 5))]
     geometric = math.prod(answer_probability(one) for one in wrong) ** (1 / len(wrong))
     ratio = geometric / answer_probability(right)
-    log_ratio = log_truth_ratio(mean_log_prob(right), [mean_log_prob(one) for one in wrong])
+    log_ratio = log_truth_ratio([mean_log_prob(right)], [mean_log_prob(one) for one in wrong])
     assert math.exp(log_ratio) == pytest.approx(ratio)
     assert truth_ratio(log_ratio, "forget") == pytest.approx(min(ratio, 1 / ratio))
     assert truth_ratio(log_ratio, "retain") == pytest.approx(max(0.0, 1 - ratio), abs=1e-12)
@@ -97,10 +97,10 @@ def test_truth_ratio_at_its_ends():
     assert truth_ratio(5e4, "forget") == truth_ratio(-5e4, "forget") == 0.0  # no overflow
     assert truth_ratio(-5e4, "retain") == 1.0 and truth_ratio(5e4, "retain") == 0.0
     assert (
-        truth_ratio(log_truth_ratio(-40.0, [-40.0, -40.0]), "forget") == 1.0
+        truth_ratio(log_truth_ratio([-40.0], [-40.0, -40.0]), "forget") == 1.0
     )  # p = 4e-18, as improbable as the others
-    with pytest.raises(InputError, match="at least one wrong answer"):
-        log_truth_ratio(-1.0, [])
+    with pytest.raises(InputError, match="at least one right and one wrong answer, got 1 and 0"):
+        log_truth_ratio([-1.0], [])
 
 
 # -- membership ------------------------------------------------------------------------------------
