@@ -82,7 +82,8 @@ METRICS = {
     "answer_probability": Metric(
         compute=answer_probability,
         signals=("answer_log_probs",),
-        formula="mean over rows of exp(mean_t log p_t)",
+        formula="mean over rows of exp(mean_t log p_t), over the answer's tokens without the EOS that TOFU and "
+        "open-unlearning count too",
         range=(0, 1),
         best=_MEMORISED,
         collapsed="0 to 1/V (V: vocabulary), on retain too",

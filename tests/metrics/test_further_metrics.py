@@ -140,6 +140,15 @@ def test_min_k_plus_plus_of_a_model_that_is_certain_is_finite():
     assert math.isfinite(min_k_plus_plus([-80.0], [0.0], [0.0]))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_min_k_plus_plus_has_the_floor_of_open_unlearning(seed):
+    """There the variance is at least 1e-6, whatever the distribution."""
+    rng = random.Random(seed)
+    tokens = [(-rng.expovariate(1), -rng.expovariate(1), 10 ** rng.uniform(-6, 0)) for _ in range(5)]
+    scores = sorted((own - mean) / math.sqrt(max(deviation**2, 1e-6)) for own, mean, deviation in tokens)
+    assert min_k_plus_plus(*zip(*tokens, strict=True)) == pytest.approx(-fmean(scores[:2]))
+
+
 def test_signals_by_hand():
     text = "the lantern " * 20
     assert loss_signal([-1.0, -3.0]) == 2.0
