@@ -76,7 +76,7 @@ def test_a_plugins_digest_changes_with_its_code_alone(tmp_path):
 def test_a_job_loads_its_plugins_before_its_names_are_looked_up(tmp_path):
     file = write(tmp_path / "third_job.py", METHOD.format(name="of_a_job"))
     job = {"target": {"benchmark": "embedded"}, "search": {"fixed": {"method": "of_a_job"}}}
-    with pytest.raises(InputError, match="unknown method 'of_a_job'"):
+    with pytest.raises(InputError, match="unknown value for search.fixed.method: 'of_a_job'"):
         from_dict(Job, job)
     assert from_dict(Job, {**job, "plugins": [str(file)]}).plugins == [str(file)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,12 +15,12 @@ from ray_unlearn.config.recipes import recipe, recipes
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.benchmarks import DATASETS
 from ray_unlearn.errors import InputError
-from ray_unlearn.evaluation.spec import EvalSettings
+from ray_unlearn.evaluation.spec import MMLU_MODES, EvalSettings
 from ray_unlearn.losses import OPTIONS
 from ray_unlearn.merging import MERGES
 from ray_unlearn.models.loading import DTYPES
 from ray_unlearn.plugins import load_plugins
-from ray_unlearn.schema import from_dict, one_of, require, to_dict
+from ray_unlearn.schema import check_fields, from_dict, option, require, to_dict
 
 VARIABLE = re.compile(r"\$([A-Za-z_]|\{)")
 RECIPE_KEYS = [
@@ -45,7 +44,7 @@ class ModelPart:
 
     path: str | None = None
     """Directory, .gguf file or hub id; null when `target` makes the model."""
-    dtype: str = "float32"
+    dtype: str = option("float32", choices=DTYPES)
     """Precision of training and scoring; float32 on CPU, bfloat16 on GPU."""
 
 
@@ -53,15 +52,15 @@ class ModelPart:
 class TargetPart:
     """How to make the model, where it is not given."""
 
-    benchmark: str | None = None
+    benchmark: str | None = option(None, choices=DATASETS)
     """A data set to build, with the model that knows it: `embedded`, or a plugin's (data.benchmarks.DATASETS)."""
     settings: dict[str, object] = field(default_factory=dict)
     """The benchmark's sizes; defaults are filled in."""
     base: str | None = None
     """A base model to fine-tune on the forget and retain rows."""
-    epochs: int = 10
-    batch_size: int = 8
-    learning_rate: float = 2e-4
+    epochs: int = option(10, at_least=1)
+    batch_size: int = option(8, at_least=1)
+    learning_rate: float = option(2e-4, above=0)
     cache: str = "~/.cache/ray_unlearn"
     """Folder of finished targets, by digest of what made them."""
 
@@ -77,9 +76,9 @@ class DataPart:
     """Unseen documents: the search sees every other one, the final score the rest."""
     mmlu: str | None = None
     """Folder with dev/ and test/, the utility test."""
-    limit: dict[str, Any] | int | None = None
+    limit: dict[str, int] | int | None = option(None, at_least=1)
     """Documents kept of each task: one number, or one for each task; null for all."""
-    mia_limit: int | None = None
+    mia_limit: int | None = option(None, at_least=1)
     """Members, and twice as many non-members, that are kept; null for all."""
     skip_bad_rows: bool = False
     """Drop and count bad rows instead of refusing the file."""
@@ -89,9 +88,9 @@ class DataPart:
 class EvaluationPart:
     """How every model of the run generates."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = option(256, at_least=1)
     """Tokens generated at most for a row (the organisers' 256)."""
-    batch_size: int = 32
+    batch_size: int = option(32, at_least=1)
     """Rows in one forward pass."""
 
 
@@ -99,11 +98,11 @@ class EvaluationPart:
 class MmluPart:
     """How utility is measured."""
 
-    mode: str = "letters"
+    mode: str = option("letters", choices=MMLU_MODES)
     """`letters`: next-token probabilities of A-D; `cloze`: length-normalised log-probability of the option texts."""
-    shots: int = 5
+    shots: int = option(5, at_least=0)
     """Solved examples before a question, in `letters` mode."""
-    limit: int | None = None
+    limit: int | None = option(None, at_least=1)
     """Questions kept, evenly over the subjects; null for all."""
 
 
@@ -111,7 +110,7 @@ class MmluPart:
 class SearchPart:
     """The search over trials."""
 
-    trials: int = 24
+    trials: int = option(24, at_least=1)
     spaces: list[str] = field(default_factory=lambda: ["npo_kl_ce", "ascent_kl_ce"])
     """Names of shipped spaces, or paths of .py files; which one a trial uses is itself searched."""
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +121,7 @@ class SearchPart:
     """Recipe names, or mappings of searched parameters, that are tried first."""
     sampler: str = "tpe"
     """Who proposes trials: a name in search.samplers (`tpe`, `random`, `nsga2`, `qmc`, `gp`), or `module:function`."""
-    startup: int = 8
+    startup: int = option(8, at_least=0)
     """Trials before the sampler learns from them (first points included)."""
     storage: str | None = None
     """RDB URL of the Optuna studies; null for study.db in the run's directory."""
@@ -132,13 +131,13 @@ class SearchPart:
 class ResourcesPart:
     """Machines of one trial, and how many trials run side by side."""
 
-    workers: int = 1
+    workers: int = option(1, at_least=1)
     """Ray Train workers of a trial."""
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
-    concurrency: int = 1
+    cpus_per_worker: float = option(1, above=0)
+    gpus_per_worker: float = option(0, at_least=0)
+    concurrency: int = option(1, at_least=1)
     """Trials side by side; each gets its own workers."""
-    executor: str = "warm"
+    executor: str = option("warm", choices=("warm", "cold"))
     """`warm`: long-lived workers, libraries and base loaded once; `cold`: a Train run for each trial."""
     shared_storage: bool | None = None
     """Whether all nodes see the model's path and the run's directory; null: only on a cluster this run starts.
@@ -150,33 +149,28 @@ class ResourcesPart:
     """Whether a cluster that this run starts gets Ray's dashboard."""
 
     def __post_init__(self) -> None:
-        one_of("resources.executor", self.executor, ("warm", "cold"))
-        for name in ("workers", "concurrency"):
-            require(getattr(self, name) >= 1, f"resources.{name} must be at least 1, got {getattr(self, name)}.")
-        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
-        require(0 < cpus < math.inf, f"resources.cpus_per_worker must be above 0, got {cpus}.")
-        require(0 <= gpus < math.inf, f"resources.gpus_per_worker must be at least 0, got {gpus}.")
+        check_fields(self, "resources")  # it is built without a job too
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePart:
     """The search over merges of front members."""
 
-    candidates: int = 24
+    candidates: int = option(24, at_least=0)
     """Merges tried at most; 0 for none."""
-    patience: int = 16
+    patience: int = option(16, at_least=0)
     """Merges without growth of the hypervolume after which the search ends; 0 tries all `candidates`."""
-    methods: list[str] = field(default_factory=lambda: ["ties", "linear"])
+    methods: list[str] = option(["ties", "linear"], choices=MERGES, if_empty="name at least one")
     """The first points are the first one's; the segment between the two ends is `linear`'s where it is among them."""
-    max_members: int = 3
-    pool: int = 8
+    max_members: int = option(3, at_least=1)
+    pool: int = option(8, at_least=1)
     """Snapshots offered at most: the front first, then the best by final."""
-    remerged: int = 2
+    remerged: int = option(2, at_least=0)
     """Merges of the front that may become members of later merges."""
     layerwise: bool = True
     """Whether weights that change from the first layer to the last are tried too."""
-    startup: int = 8
-    timeout: float | None = 7200.0
+    startup: int = option(8, at_least=0)
+    timeout: float | None = option(7200.0, above=0)
     """Seconds for one merge, loading included, after which its actor is replaced and it has failed; null for never. One
     merge takes about as long as scoring the target."""
 
@@ -187,13 +181,12 @@ class ComparisonPart:
 
     recipes: list[str] = field(default_factory=list)
     """Names of recipes, or `all`; empty for a search."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = option([0], at_least=0, if_empty="give at least one")
     """Each recipe is run with each of them."""
     scale_to_model: bool = False
     """Whether layers, learning rate and batch are adapted to the model; what was changed is in the table."""
 
     def __post_init__(self) -> None:
-        require(bool(self.seeds), "comparison.seeds is empty; give at least one.")
         for name in self.names():
             recipe(name)
 
@@ -206,11 +199,11 @@ class ComparisonPart:
 class SelectionPart:
     """How the delivered model is chosen."""
 
-    utility_floor: float = 0.75
+    utility_floor: float = option(0.75, above=0, at_most=1)
     """A candidate is feasible if its utility is above this share of the target's."""
-    weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    weights: list[float] = option([1.0, 1.0, 1.0], at_least=0)
     """Of task aggregate, MIA score and utility; equal ones choose by `final`."""
-    examples: int = 4
+    examples: int = option(4, at_least=0)
     """Rows of each split, task and kind shown before and after in the report."""
 
 
@@ -218,7 +211,7 @@ class SelectionPart:
 class Job:
     """Everything a run needs."""
 
-    seed: int = 0
+    seed: int = option(0, at_least=0)
     plugins: list[str] = field(default_factory=list)
     """Modules, or paths of .py files, that add methods, metrics and the like; installed ones need not be named."""
     model: ModelPart = field(default_factory=ModelPart)
@@ -232,9 +225,16 @@ class Job:
     comparison: ComparisonPart = field(default_factory=ComparisonPart)
     selection: SelectionPart = field(default_factory=SelectionPart)
 
+    @staticmethod
+    def gathered(data: dict[str, Any]) -> dict[str, Any]:
+        """The same mapping, its plugins loaded: names in its parts may be theirs."""
+        if isinstance(data.get("plugins", []), list):
+            load_plugins(data.get("plugins", []))
+        return data
+
     def __post_init__(self) -> None:
         load_plugins(self.plugins)  # the names below may be theirs
-        one_of("model.dtype", self.model.dtype, DTYPES)
+        check_fields(self)
         given = [self.model.path, self.target.benchmark, self.target.base]
         require(
             sum(value is not None for value in given) == 1,
@@ -248,64 +248,22 @@ class Job:
         else:
             for name in ("forget", "retain", "mia_member", "mia_nonmember", "mmlu"):
                 require(getattr(self.data, name) is not None, f"data.{name} is missing; give a file (see --help).")
-        self._check_numbers()
-        assert self.eval_settings
-        for name in self.merge.methods:
-            one_of("merge.methods", name, tuple(MERGES))
+        weights = self.selection.weights
+        three = len(weights) == 3 and sum(weights) > 0
+        require(three, f"selection.weights must be three numbers of at least 0, not all 0, got {weights}.")
         shared = {key: value for key, value in self.search.fixed.items() if key not in OPTIONS}
         from_dict(TrialConfig, shared, "search.fixed")  # a method's own parameters are checked with the method
         self.first_points()
 
     @property
     def eval_settings(self) -> EvalSettings:
-        """How a model is scored; also checks the parts that say it."""
+        """How a model is scored."""
         return EvalSettings(
             max_new_tokens=self.evaluation.max_new_tokens,
             batch_size=self.evaluation.batch_size,
             mmlu_mode=self.mmlu.mode,
             mmlu_shots=self.mmlu.shots,
         )
-
-    def _check_numbers(self) -> None:
-        data, search, merge, selection = self.data, self.search, self.merge, self.selection
-        at_least_1 = {
-            "search.trials": search.trials,
-            "merge.max_members": merge.max_members,
-            "merge.pool": merge.pool,
-            "target.epochs": self.target.epochs,
-            "target.batch_size": self.target.batch_size,
-            "data.mia_limit": 1 if data.mia_limit is None else data.mia_limit,
-            "mmlu.limit": 1 if self.mmlu.limit is None else self.mmlu.limit,
-        }
-        limits = data.limit if isinstance(data.limit, dict) else {"": 1 if data.limit is None else data.limit}
-        for task, limit in limits.items():
-            require(isinstance(limit, int), f"data.limit takes whole numbers, got {limit!r} for {task!r}.")
-            at_least_1[f"data.limit {task}".strip()] = limit
-        for name, value in at_least_1.items():
-            require(value >= 1, f"{name} must be at least 1, got {value}: a budget of 0 does nothing.")
-        at_least_0 = {
-            "merge.candidates": merge.candidates,
-            "merge.startup": merge.startup,
-            "merge.patience": merge.patience,
-            "merge.remerged": merge.remerged,
-            "search.startup": search.startup,
-            "selection.examples": selection.examples,
-        }
-        for name, number in at_least_0.items():
-            require(number >= 0, f"{name} must be at least 0, got {number}.")
-        above_0 = {
-            "merge.timeout": 1.0 if merge.timeout is None else merge.timeout,
-            "target.learning_rate": self.target.learning_rate,
-        }
-        for name, amount in above_0.items():
-            require(math.isfinite(amount) and amount > 0, f"{name} must be a number above 0, got {amount}.")
-        floor, weights = selection.utility_floor, selection.weights
-        require(0 < floor <= 1, f"selection.utility_floor must be in (0, 1], got {floor}.")
-        require(
-            len(weights) == 3 and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0,
-            f"selection.weights must be three numbers of at least 0, not all 0, got {weights}.",
-        )
-        require(bool(merge.methods), "merge.methods is empty; name at least one: " + ", ".join(MERGES))
 
     @property
     def trials(self) -> int:

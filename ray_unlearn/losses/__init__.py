@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_unlearn.losses import ascent, distillation, preference, representation, weighting
-from ray_unlearn.losses.table import Loss, Method, Option
+from ray_unlearn.losses.table import Loss, Method
 from ray_unlearn.losses.weighting import WEIGHTINGS, Weighting
+from ray_unlearn.schema import Option
 from ray_unlearn.tables import Table
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.losses.rows import mean, row_mean, scatter_tokens, token_mean
-from ray_unlearn.losses.table import Method, Option, mean_loss
+from ray_unlearn.losses.table import Method, mean_loss
+from ray_unlearn.schema import Option, Range
 
 
 def cross_entropy(logps: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
@@ -63,10 +64,21 @@ OPTIONS = {
         default=None,
         above=0,
         meaning="nats per token at which ascent on a row stops pushing; null for unbounded ascent",
+        search=Range(2.0, 8.0),
     ),
-    "wga_beta": Option(hint=float, default=1.0, at_least=0, meaning="power of p in WGA's weight"),
-    "satimp_beta1": Option(hint=float, default=5.0, at_least=0, meaning="power of p in SatImp's weight"),
-    "satimp_beta2": Option(hint=float, default=1.0, at_least=0, meaning="power of 1 - p in SatImp's weight"),
+    "wga_beta": Option(
+        hint=float, default=1.0, at_least=0, meaning="power of p in WGA's weight", search=Range(0.25, 4.0, log=True)
+    ),
+    "satimp_beta1": Option(
+        hint=float, default=5.0, at_least=0, meaning="power of p in SatImp's weight", search=Range(0.5, 8.0, log=True)
+    ),
+    "satimp_beta2": Option(
+        hint=float,
+        default=1.0,
+        at_least=0,
+        meaning="power of 1 - p in SatImp's weight",
+        search=Range(0.25, 2.0, log=True),
+    ),
 }
 LOSSES = {
     "cross_entropy": mean_loss(compute=cross_entropy, tensors=("logps", "mask")),

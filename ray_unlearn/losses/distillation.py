@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_unlearn.losses.rows import mean, scatter_tokens, token_mean
-from ray_unlearn.losses.table import Loss, Method, Option, mean_loss
+from ray_unlearn.losses.table import Loss, Method, mean_loss
+from ray_unlearn.schema import Option, Range
 
 
 def kl_divergence(
@@ -86,9 +87,24 @@ OPTIONS = {
         choices=("reference", "model"),
         meaning="which distribution weighs: KL(reference || model) or KL(model || reference)",
     ),
-    "renyi_alpha": Option(hint=float, default=0.5, above=0, meaning="order of the Renyi divergence, not 1"),
-    "undial_beta": Option(hint=float, default=10.0, above=0, meaning="how far UNDIAL lowers the target's logit"),
-    "ce_u_skip": Option(hint=int, default=1, at_least=0, meaning="first tokens of an answer that CE-U leaves alone"),
+    "renyi_alpha": Option(
+        hint=float,
+        default=0.5,
+        above=0,
+        meaning="order of the Renyi divergence, not 1",
+        search=Range(0.1, 0.9),
+        never={1: "where the divergence is KL: use npo_kl_ce"},
+    ),
+    "undial_beta": Option(
+        hint=float,
+        default=10.0,
+        above=0,
+        meaning="how far UNDIAL lowers the target's logit",
+        search=Range(1.0, 30.0, log=True),
+    ),
+    "ce_u_skip": Option(
+        hint=int, default=1, at_least=0, meaning="first tokens of an answer that CE-U leaves alone", search=(0, 1, 2)
+    ),
 }
 
 

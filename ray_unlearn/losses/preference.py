@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_unlearn.losses.rows import row_mean, row_sum, token_mean
-from ray_unlearn.losses.table import Loss, Method, Option
+from ray_unlearn.losses.table import Loss, Method
+from ray_unlearn.schema import Option, Range
 
 
 def npo(logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float = 0.1, ratio: str = "sum") -> Tensor:
@@ -60,16 +61,25 @@ def _npo_pools(options: Mapping[str, Any]) -> bool:
 
 
 OPTIONS = {
-    "npo_beta": Option(hint=float, default=0.1, above=0, meaning="inverse temperature of NPO"),
+    "npo_beta": Option(
+        hint=float, default=0.1, above=0, meaning="inverse temperature of NPO", search=Range(0.01, 1.0, log=True)
+    ),
     "npo_ratio": Option(
         hint=str,
         default="sum",
         choices=("sum", "mean", "batch", "token"),
         meaning="what NPO's log-ratio is of: a row's sum (the paper) or mean, the batch's mean, each token",
+        search=("sum", "mean", "batch", "token"),
     ),
-    "simnpo_beta": Option(hint=float, default=4.5, above=0, meaning="inverse temperature of SimNPO"),
-    "simnpo_delta": Option(hint=float, default=0.0, at_least=0, meaning="SimNPO's margin, nats per token"),
-    "dpo_beta": Option(hint=float, default=0.1, above=0, meaning="inverse temperature of DPO"),
+    "simnpo_beta": Option(
+        hint=float, default=4.5, above=0, meaning="inverse temperature of SimNPO", search=Range(0.5, 6.0, log=True)
+    ),
+    "simnpo_delta": Option(
+        hint=float, default=0.0, at_least=0, meaning="SimNPO's margin, nats per token", search=Range(0.0, 2.0)
+    ),
+    "dpo_beta": Option(
+        hint=float, default=0.1, above=0, meaning="inverse temperature of DPO", search=Range(0.02, 1.0, log=True)
+    ),
 }
 _DPO_TENSORS = ("logps", "ref_logps", "mask", "alt_logps", "alt_ref_logps", "alt_mask")
 LOSSES = {

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.losses.rows import mean, scatter_tokens
-from ray_unlearn.losses.table import Method, Option, mean_loss
+from ray_unlearn.losses.table import Method, mean_loss
+from ray_unlearn.schema import Option, Range
 
 
 def rmu(hidden: Tensor, control: Tensor, mask: Tensor, pool: bool = False) -> Tensor:
@@ -42,14 +43,20 @@ OPTIONS = {
         hint=int | str,
         default=2,
         meaning="decoder layer whose output is steered: its index, or a regular expression for a module's whole name",
+        search=Range(1, 3),
     ),
     "rmu_coefficient": Option(
-        hint=float, default=2.0, above=0, meaning="length of the control vector; if adaptive, times the mean norm"
+        hint=float,
+        default=2.0,
+        above=0,
+        meaning="length of the control vector; if adaptive, times the mean norm",
+        search=Range(1.0, 50.0, log=True),
     ),
     "rmu_adaptive": Option(
         hint=bool,
         default=False,
         meaning="whether the coefficient is times the mean norm of the hidden states, taken anew in each epoch",
+        search=(False, True),
     ),
 }
 LOSSES = {

@@ -16,20 +16,6 @@ TENSORS = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
-    """A parameter of a loss or a weighting that a trial's configuration may set."""
-
-    hint: Any
-    """Its type, as in an annotation."""
-    default: Any
-    meaning: str
-    choices: tuple[str, ...] = ()
-    above: float | None = None
-    """The value must be above this."""
-    at_least: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Loss:
     """A loss and what it is called with."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ray_unlearn.losses.table import Option
+from ray_unlearn.schema import Option, Range
 
 
 def dual_step(multiplier: float, retain_loss: float, epsilon: float, rate: float) -> float:
@@ -86,10 +86,22 @@ class Adaptive:
 
 
 OPTIONS = {
-    "pdu_epsilon": Option(hint=float, default=0.1, at_least=0, meaning="nats per retain token that PDU tolerates"),
-    "pdu_rate": Option(hint=float, default=1.0, above=0, meaning="step size of PDU's multiplier"),
-    "pdu_warmup_epochs": Option(hint=int, default=0, at_least=0, meaning="epochs before PDU's multiplier moves"),
-    "adaptive_max": Option(hint=float, default=2.3, above=0, meaning="largest retain weight of grad_diff_adaptive"),
+    "pdu_epsilon": Option(
+        hint=float,
+        default=0.1,
+        at_least=0,
+        meaning="nats per retain token that PDU tolerates",
+        search=Range(0.01, 0.5, log=True),
+    ),
+    "pdu_rate": Option(
+        hint=float, default=1.0, above=0, meaning="step size of PDU's multiplier", search=Range(0.1, 5.0, log=True)
+    ),
+    "pdu_warmup_epochs": Option(
+        hint=int, default=0, at_least=0, meaning="epochs before PDU's multiplier moves", search=Range(0, 5)
+    ),
+    "adaptive_max": Option(
+        hint=float, default=2.3, above=0, meaning="largest retain weight of grad_diff_adaptive", search=Range(1.5, 4.0)
+    ),
 }
 WEIGHTINGS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "fixed": (Fixed, ()),

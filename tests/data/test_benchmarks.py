@@ -29,9 +29,9 @@ def test_every_benchmark_says_what_it_is_and_how_its_models_are_trained(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": 0}, "the embedded benchmark's layers must be at least 1, got 0"),
+        ({"layers": 0}, "target.settings.layers must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
+        ({"learning_rate": 0}, "target.settings.learning_rate must be above 0, got 0"),
         ({"stories": "many"}, "target.settings.stories must be int, got 'many'"),
         ({"storeys": 3}, "Did you mean 'stories'"),
     ],

@@ -288,10 +288,10 @@ def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_little_r
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mmlu_mode": "words"}, r"mmlu.mode \(--mmlu-mode\) must be letters or cloze, got 'words'"),
+        ({"mmlu_mode": "words"}, "mmlu_mode: 'words'. Known: cloze, letters"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"batch_size": 0}, "must be at least 1"),
-        ({"mmlu_shots": -1}, "mmlu.shots at least 0"),
+        ({"mmlu_shots": -1}, "mmlu_shots must be at least 0, got -1"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(options, message):

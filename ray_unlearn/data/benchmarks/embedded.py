@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from ray_unlearn.data.benchmarks.table import Dataset
 from ray_unlearn.files import write_text
 from ray_unlearn.protocols import CausalLM, Tokenizer
-from ray_unlearn.schema import require
+from ray_unlearn.schema import check_fields, option
 
 SYLLABLES = (
     "ba be bi bo bu ka ke ki ko ku la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru sa se si "
@@ -44,30 +43,26 @@ DEV_FACTS = 2
 class EmbeddedSettings:
     """Sizes of the embedded benchmark and of its model; together with the seed they decide every byte."""
 
-    seed: int = 1
-    stories: int = 16
+    seed: int = option(1, at_least=0)
+    stories: int = option(16, at_least=1)
     """Task1 documents in each split."""
-    biographies: int = 8
+    biographies: int = option(8, at_least=1)
     """Task2 documents in each split, six rows each."""
-    entries: int = 48
+    entries: int = option(48, at_least=1)
     """Task3 documents in each split; the forget ones are the MIA members."""
-    nonmembers: int = 400
+    nonmembers: int = option(400, at_least=1)
     """Unseen Task3-like documents; the search sees half. 48 against 200 keep the AUC's standard error at 0.047."""
-    facts: int = 48
+    facts: int = option(48, at_least=1)
     """General facts, the utility test."""
-    vocabulary: int = 1200
-    hidden: int = 128
-    layers: int = 4
-    epochs: int = 40
-    batch_size: int = 12
-    learning_rate: float = 3e-3
+    vocabulary: int = option(1200, at_least=1)
+    hidden: int = option(128, at_least=1)
+    layers: int = option(4, at_least=1)
+    epochs: int = option(40, at_least=1)
+    batch_size: int = option(12, at_least=1)
+    learning_rate: float = option(3e-3, above=0)
 
     def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            least = 0 if name == "seed" else 1
-            good = value > 0 and math.isfinite(value) if name == "learning_rate" else value >= least
-            rule = "a number above 0" if name == "learning_rate" else f"at least {least}"
-            require(good, f"the embedded benchmark's {name} must be {rule}, got {value}.")
+        check_fields(self)
 
 
 JsonRow = dict[str, str]
