@@ -12,11 +12,11 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -37,6 +37,9 @@ ZERO_3_TRIALS_PER_PROCESS = 8
 """DeepSpeed leaks memory when stage 3 engines are made again in one process (its issue 7204)."""
 
 
+T = TypeVar("T")
+
+
 class TrialTakenError(Exception):
     """The trial is no longer these workers' own."""
 
@@ -50,12 +53,12 @@ class TrainWorker:
         self.coordinator, self.slot, self.trial_id = coordinator, slot, ""
         self.known: dict[str, Any] = {}
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[T]) -> list[T]:
         if self.world == 1:
             return items
         import torch.distributed as dist
 
-        parts: list[Any] = [None] * self.world
+        parts: list[list[T]] = [[] for _ in range(self.world)]
         dist.all_gather_object(parts, items)
         return list(itertools.chain.from_iterable(parts))
 
@@ -79,10 +82,10 @@ class TrainWorker:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def report(self, metrics: dict[str, Any]) -> None:
+    def report(self, metrics: Mapping[str, object]) -> None:
         ray.train.report({"trial": self.trial_id, **metrics})
 
-    def post(self, event: str, **content: Any) -> None:
+    def post(self, event: str, **content: object) -> None:
         if self.rank == 0 and not self._post(event, content):
             raise TrialTakenError(f"{self.trial_id} has ended or was given to other workers")
 
@@ -91,10 +94,10 @@ class TrainWorker:
         rank = f"rank {self.rank}: " if self.world > 1 else ""
         self._post("error", {"reason": f"{rank}{type(error).__name__}: {error}"})
 
-    def _post(self, event: str, content: dict[str, Any]) -> bool:
+    def _post(self, event: str, content: Mapping[str, object]) -> bool:
         return bool(ray.get(self.coordinator.post.remote(self.slot, self.trial_id, event, content)))
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, name: str, make: Callable[[], T]) -> T:
         if name not in self.known:
             found = ray.get(self.coordinator.made.remote(name))
             if found is None:

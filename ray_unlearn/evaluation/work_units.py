@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_unlearn.data.questions import Question
 from ray_unlearn.data.tokens import Encoded
@@ -15,6 +15,7 @@ from ray_unlearn.models import likelihood
 from ray_unlearn.models.forward import scoring_mode
 from ray_unlearn.protocols import CausalLM, Tokenizer
 
+T = TypeVar("T")
 Gather = Callable[[list[Any]], list[Any]]
 """All workers' lists to their concatenation on every worker; the identity when there is one worker."""
 
@@ -27,15 +28,15 @@ class Shard:
     world: int = 1
     gather: Gather = list
 
-    def take(self, items: Sequence[Any]) -> list[Any]:
+    def take(self, items: Sequence[T]) -> list[T]:
         """Every world-th item, from rank."""
         return list(items[self.rank :: self.world])
 
-    def join(self, mine: list[Any], total: int) -> list[Any]:
+    def join(self, mine: Sequence[T], total: int) -> list[T]:
         """All workers' results in the order of the whole."""
         if self.world == 1:
-            return mine
-        together = self.gather(mine)
+            return list(mine)
+        together = self.gather(list(mine))
         sizes = [len(range(rank, total, self.world)) for rank in range(self.world)]
         starts = [0, *itertools.accumulate(sizes)]
         return [together[starts[i % self.world] + i // self.world] for i in range(total)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ray_unlearn.models.forward import at_least_float32, head_at
 from ray_unlearn.models.loading import find_layer
 from ray_unlearn.protocols import CausalLM
 from ray_unlearn.training.dataloader import TrainingRow
+from ray_unlearn.training.engine import Engine
 from ray_unlearn.training.parameters import TrainableModel
 
 SPLITS = ("forget", "alternative", "retain")
@@ -77,7 +78,7 @@ class TrialLoss:
 
     def loss(
         self,
-        engine: Any,
+        engine: Engine,
         rows: Sequence[TrainingRow],
         weights: dict[str, float],
         terms: Sequence[Term],
@@ -113,7 +114,7 @@ class TrialLoss:
                 forward.idle_reference()
         return StepLoss(total, {"loss": float(total.detach()), **shown}, by_split)
 
-    def begin_epoch(self, engine: Any, forget: Sequence[TrainingRow]) -> None:
+    def begin_epoch(self, engine: Engine, forget: Sequence[TrainingRow]) -> None:
         """Takes anew what depends on the model at an epoch's start; `forget` are the epoch's forget rows in order."""
         if self.steering is not None:
             self.steering.refresh(engine, forget, self.pad_id)
@@ -128,7 +129,7 @@ class _Forward:
     """One forward pass of a batch, and the tensors that losses are called with, taken from it."""
 
     def __init__(
-        self, trial_loss: TrialLoss, engine: Any, rows: Sequence[TrainingRow], terms: Sequence[Term], length: int
+        self, trial_loss: TrialLoss, engine: Engine, rows: Sequence[TrainingRow], terms: Sequence[Term], length: int
     ) -> None:
         self.trial_loss, self.engine, self.rows = trial_loss, engine, rows
         self.batch = collate([row.tokens for row in rows], trial_loss.pad_id, engine.device, length)
@@ -225,13 +226,13 @@ class _Forward:
             _forward(model, self.batch, torch.zeros_like(self.batch.document), None)
 
 
-def _forward(model: CausalLM, batch: Batch, shown: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
+def _forward(model: CausalLM | Engine, batch: Batch, shown: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
     """Logits [N,V], float32 or finer, of the tokens after the shown positions [B,T-1]; a layer's output [B,T,H].
 
     The head sees the shown positions alone: for a row of which only the answer counts, most of its
     time and of the memory of its logits is saved.
     """
-    inner = getattr(model, "module", model)
+    inner = cast(CausalLM, getattr(model, "module", model))
     with head_at(inner, *shown.nonzero(as_tuple=True)), _output_of(inner, layer) as seen:
         logits = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]
     return at_least_float32(logits), seen[0] if seen else logits.new_zeros(0)
@@ -273,7 +274,7 @@ class _Steering:
         """[B,H] of the rows' tasks."""
         return torch.stack([self.coefficients[task] * self.vectors[task] for task in tasks])
 
-    def refresh(self, engine: Any, forget: Sequence[TrainingRow], pad_id: int) -> None:
+    def refresh(self, engine: Engine, forget: Sequence[TrainingRow], pad_id: int) -> None:
         """Adaptive coefficients from the first batch of each task; every rank takes the same rows, so all agree."""
         for task in self.vectors if self.adaptive else ():
             rows = [row.tokens for row in forget if row.task == task][: self.batch_size]
