@@ -23,7 +23,7 @@ def merge(
     densities: Sequence[Graded] = (1.0,),
     weights: Sequence[Graded] | None = None,
     lambda_: Graded = 1.0,
-    dtype: str = "float32",
+    dtype: str | None = None,
     as_adapter: bool = False,
     rank: int | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -32,8 +32,8 @@ def merge(
     """Merges adapters, snapshots or full checkpoints of one base into a model directory, or an adapter, at `out`.
 
     A density or weight for each member, or one for all; a list in place of a number is a gradient
-    over depth. `dtype`: what the base is taken and the model written in. `options` are the recipe's others: normalize,
-    rescale, epsilon, gamma, seed.
+    over depth. `dtype`: what the base is taken and the model written in (default float32). `options` are the recipe's
+    others: normalize, rescale, epsilon, gamma, seed.
     """
     names = [str(member) for member in members]
     if len(set(names)) != len(names):

@@ -6,6 +6,7 @@ import argparse
 
 from ray_unlearn.cli.arguments import Commands, command, plugin_flag
 from ray_unlearn.errors import InputError
+from ray_unlearn.models.loading import DTYPES
 
 
 def add(commands: Commands) -> None:
@@ -33,6 +34,7 @@ def add(commands: Commands) -> None:
     p.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of largest entries that go")
     p.add_argument("--seed", type=int, default=0, help="of random masks")
     plugin_flag(p)
+    p.add_argument("--dtype", choices=DTYPES, help="of the base and the model written (default: the recipe's, float32)")
     p.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter; exact where the method is linear")
     p.add_argument("--rank", type=int, metavar="R", help="of the adapter (default: the members' sum)")
     p.add_argument("--out", required=True, metavar="DIR")
@@ -51,7 +53,7 @@ def _merge(a: argparse.Namespace) -> int:
 
     if (a.recipe is None) == (a.adapters is None):
         raise InputError("give either --adapters A B ... or --recipe FILE.")
-    common = {"as_adapter": a.as_adapter, "rank": a.rank, "log": Progress().line}
+    common = {"dtype": a.dtype, "as_adapter": a.as_adapter, "rank": a.rank, "log": Progress().line}
     if a.recipe is not None:
         out = merge_by_recipe(a.recipe, a.base, a.out, folder=a.folder, **common)
     else:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
-from ray_unlearn.merging.combine import Combiner
+from ray_unlearn.merging.combine import Combiner, finite
 from ray_unlearn.merging.factors import Factors, concatenated, truncated
 from ray_unlearn.merging.members import Source
 from ray_unlearn.merging.methods import MERGES
@@ -127,6 +127,8 @@ def _save(found: Mapping[str, Factors], base_name: str, out: Path) -> None:
         key = f"base_model.model.{name.removesuffix('.weight')}"
         state[f"{key}.lora_A.weight"] = torch.nn.functional.pad(factors.a, (0, 0, 0, missing)).contiguous()
         b = factors.b * factors.scaling
+        if not (finite(factors.a) and finite(b)):
+            raise InputError(f"the adapter's {name} would hold NaN or infinity: the recipe's numbers are too large.")
         state[f"{key}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
     targets = sorted(name.removesuffix(".weight") for name in found)
     config = LoraConfig(

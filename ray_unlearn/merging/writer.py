@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ray_unlearn.errors import InputError
 from ray_unlearn.files import publish
 from ray_unlearn.merging import MergeRecipe
-from ray_unlearn.merging.combine import Change, merge_change
+from ray_unlearn.merging.combine import Change, finite, merge_change
 from ray_unlearn.merging.members import Source
 from ray_unlearn.models.loading import empty_model, load_model, load_tokenizer, quiet
 from ray_unlearn.models.stored_tensors import StoredTensors
@@ -110,6 +111,8 @@ def _write_tensors(change: Change, model: CausalLM, stored: StoredTensors, out: 
                 tensor = tensor.to(types[name])
             if name in change.touched:
                 tensor = change.weights(name, tensor)
+            if name in types and not finite(tensor):
+                raise InputError(f"{name} of the model to be written holds NaN or infinity; look for it in the base.")
             writer.save_tensor(name, tensor)
 
 

@@ -296,6 +296,7 @@ def run_merge(*argv):
 @pytest.mark.parametrize("source", ["", "merge.json", "README.md"])
 def test_a_merge_is_made_again_from_its_recipe_bit_for_bit(files, adapters, tmp_path, source):
     options = ["--method", "dare_ties", "--density", "0.5,0.8", "--weights", "1,0.5", "2", "--seed", 3, "--no-rescale"]
+    options += ["--dtype", "bfloat16"]
     assert run_merge("--base", files / "model", "--adapters", *adapters, *options, "--out", tmp_path / "out") == 0
     assert run_merge("--recipe", tmp_path / "out" / source, "--out", tmp_path / "again") == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -1,4 +1,5 @@
-"""Merge actors on a real Ray cluster: members come one by one, and a hung actor is replaced."""
+"""Merge actors on a real Ray cluster: what they score is what is written, members come one by one, a hung actor is
+replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.merging import MergeRecipe
-from ray_unlearn.merging.resident import Merger
+from ray_unlearn.merging.writer import write_merge
 from ray_unlearn.models.loading import load_model, load_tokenizer, save_model
 from ray_unlearn.models.snapshot_files import write_snapshot
 
@@ -46,7 +47,7 @@ def spec(tiny, tmp_path_factory):
             forget=forget, retain=retain, members=members, nonmembers=nonmembers, dev=dev, questions=questions
         ),
         eval_settings=EvalSettings(max_new_tokens=4, batch_size=64, mmlu_mode="cloze"),
-        dtype="float32",
+        dtype="bfloat16",
         utility_floor=0.0,
     )
 
@@ -89,18 +90,27 @@ def actor_process():
     return found
 
 
+@pytest.fixture
+def scores_of_written(spec, snapshots, tmp_path):
+    """Scores of a recipe's merge after it was written and loaded as a user loads it."""
+
+    def score(recipe):
+        write_merge(recipe, spec.model.path, snapshots, tmp_path / "written", spec.dtype)
+        model = load_model(str(tmp_path / "written"), spec.dtype)
+        return score_model(model, load_tokenizer(spec.model.path), spec.eval_set, spec.eval_settings)
+
+    return score
+
+
 def test_members_come_when_a_recipe_has_them_a_hung_actor_is_replaced_and_a_flipped_bit_reaches_none(
-    pool, spec, snapshots
+    pool, scores_of_written
 ):
     pool.start("merge-0000", recipe_of("a"))
     assert not pool.free and set(pool._members) == {"a"}
     name, alone, reason = pool.wait()
     assert (name, reason) == ("merge-0000", "")
 
-    model, tokenizer = load_model(spec.model.path), load_tokenizer(spec.model.path)
-    merger = Merger(model, {name: snapshots[name] for name in ("a", "b")})
-    with merger.merged(recipe_of("a")):
-        assert score_model(model, tokenizer, spec.eval_set, spec.eval_settings) == alone
+    assert scores_of_written(recipe_of("a")) == alone
 
     hung = actor_process()
     hung.send_signal(signal.SIGSTOP)
@@ -113,8 +123,7 @@ def test_members_come_when_a_recipe_has_them_a_hung_actor_is_replaced_and_a_flip
     pool.start("merge-0002", recipe_of("a", "b"))
     name, both, reason = pool.wait()
     assert (name, reason) == ("merge-0002", "") and set(pool._members) == {"a", "b"}
-    with merger.merged(recipe_of("a", "b")):
-        assert score_model(model, tokenizer, spec.eval_set, spec.eval_settings) == both
+    assert scores_of_written(recipe_of("a", "b")) == both != alone
     assert actor_process().pid != hung.pid
     assert not hung.is_running()
 

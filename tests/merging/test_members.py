@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -131,6 +132,7 @@ def test_a_member_that_holds_no_number_is_refused_by_name(
 
 
 def test_a_merge_that_gives_no_number_is_refused_with_its_numbers(bench, members, base_path, tmp_path):
+    from ray_unlearn.merging.adapter import write_adapter
     from ray_unlearn.merging.writer import write_merge
 
     numbers = {"weights": [1e38], "densities": [1.0], "lambda_": 1e38}
@@ -141,7 +143,22 @@ def test_a_merge_that_gives_no_number_is_refused_with_its_numbers(bench, members
     merger.restore()
     with pytest.raises(InputError, match=r"gives NaN or infinity in model.*weights \[1e\+38\]"):
         write_merge(recipe, base_path, members, tmp_path / "out")
+    adapters = dataclasses.replace(recipe, members=["lora-a"])
+    with pytest.raises(InputError, match="the adapter's model.* would hold NaN or infinity"):
+        write_adapter(adapters, bench.model, base_path, members, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_holds_no_number_is_not_written_again(members, checkpoint, tmp_path):
+    from ray_unlearn.merging.writer import write_merge
+
+    folder, state, write = checkpoint
+    state["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
+    write(state)
+    recipe = MergeRecipe(members=["lora-b"], weights=[1.0], densities=[1.0])  # changes q_proj and down_proj alone
+    with pytest.raises(InputError, match=r"layers.0.mlp.up_proj.weight of the model to be written holds NaN"):
+        write_merge(recipe, str(folder), members, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tied_embeddings_are_merged_once_and_stay_tied(tmp_path):
