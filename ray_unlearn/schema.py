@@ -68,7 +68,9 @@ class Option:
     if_empty: str = ""
     """An empty list, mapping or text is refused with this advice."""
     search: Search | None = None
-    """What a search space draws it from; None: it keeps its default there."""
+    """What a search space draws it from; None for its default."""
+    searched_if: tuple[str, object] | None = None
+    """Another field and the value it must have for this one to matter, as in `("tuning", "lora")`."""
 
     @property
     def rule(self) -> str:

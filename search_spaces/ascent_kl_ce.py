@@ -4,29 +4,8 @@ The bound decides the membership attack: ascent stops pushing a row once it is a
 that, so a bound near the loss of unseen text leaves members where unseen text is.
 """
 
+from ray_unlearn.search.plain import Range, plain
+
 
 def space(trial):
-    tuning = trial.suggest_categorical("tuning", ["full", "lora"])
-    schedule = trial.suggest_categorical("schedule", ["paired", "two_phase", "sugd"])
-    config = {
-        "method": "ascent_kl_ce",
-        "tuning": tuning,
-        "schedule": schedule,
-        "forget_on": trial.suggest_categorical("forget_on", ["document", "answer"]),
-        "ascent_bound": trial.suggest_float("ascent_bound", 2.0, 8.0),
-        "forget_weight": trial.suggest_float("forget_weight", 0.2, 4.0, log=True),
-        "kl_weight": trial.suggest_float("kl_weight", 0.3, 10.0, log=True),
-        "retain_weight": trial.suggest_float("retain_weight", 0.2, 4.0, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-6, 1e-2, log=True),
-        "epochs": trial.suggest_int("epochs", 3, 10),
-        "batch_size": 8,
-        "retain_per_forget": 2,
-    }
-    if tuning == "lora":
-        config["lora_rank"] = trial.suggest_categorical("lora_rank", [8, 16, 32])
-    if schedule == "two_phase":
-        config["repair_epochs"] = trial.suggest_int("repair_epochs", 1, 3)
-        config["repair_scale"] = trial.suggest_float("repair_scale", 0.1, 1.0, log=True)
-    if schedule == "sugd":
-        config["chunk_size"] = trial.suggest_categorical("chunk_size", [32, 64])
-    return config
+    return plain(trial, "ascent_kl_ce", forget_weight=Range(0.2, 4.0, log=True), epochs=Range(3, 10))

@@ -46,7 +46,7 @@ class TrialConfig:
     """Forget rows in an optimiser step, over all workers; in `mixed`, rows of either kind."""
     retain_per_forget: int = option(1, at_least=0)
     """Retain rows that go with each forget row."""
-    chunk_size: int = option(32, at_least=1, search=(32, 64))
+    chunk_size: int = option(32, at_least=1, search=(32, 64), searched_if=("schedule", "sugd"))
     """Forget rows in a chunk of `sugd` and `agad`."""
     anneal_every: int = option(1, at_least=1)
     """Chunks of `agad` after which it anneals."""
@@ -54,9 +54,9 @@ class TrialConfig:
     """Share of the retain rows, drawn anew, that an annealing of `agad` descends on."""
     anneal_finally: bool = True
     """Whether `agad` ends with an annealing on all retain rows."""
-    repair_epochs: int = option(2, at_least=0, search=Range(1, 3))
+    repair_epochs: int = option(2, at_least=0, search=Range(1, 3), searched_if=("schedule", "two_phase"))
     """Passes over the retain rows in the second phase of `two_phase` and in the annealings of `agad`."""
-    repair_scale: float = option(1.0, above=0, search=Range(0.1, 1.0, log=True))
+    repair_scale: float = option(1.0, above=0, search=Range(0.1, 1.0, log=True), searched_if=("schedule", "two_phase"))
     """Learning rate of the repair phase as a multiple of `learning_rate`."""
     micro_batches: int = option(1, at_least=1)
     """Forward passes that an optimiser step is split into on each worker (gradient accumulation)."""
@@ -86,7 +86,7 @@ class TrialConfig:
     gradient magnitudes, above which a tensor may be in the region."""
     mask_cosine: float = option(0.92, at_least=-1, at_most=1)
     """`memflex`: cosine of forget and retain gradient below which a tensor may be in the region."""
-    lora_rank: int = option(16, at_least=1, search=(8, 16, 32))
+    lora_rank: int = option(16, at_least=1, search=(8, 16, 32), searched_if=("tuning", "lora"))
     """Rank of the adapters."""
     lora_alpha: float | None = option(None, above=0)
     """Numerator of the adapters' scaling; None for twice the rank."""

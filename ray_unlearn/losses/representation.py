@@ -43,7 +43,7 @@ OPTIONS = {
         hint=int | str,
         default=2,
         meaning="decoder layer whose output is steered: its index, or a regular expression for a module's whole name",
-        search=Range(1, 3),
+        search=Range(1, 3),  # a deeper model wants the range of its own layers
     ),
     "rmu_coefficient": Option(
         hint=float,
