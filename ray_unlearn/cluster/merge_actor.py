@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import ray
@@ -21,6 +21,9 @@ from ray_unlearn.models.snapshot_files import read_snapshot
 from ray_unlearn.records import Scores
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from ray_unlearn.models.snapshot_files import Files
     from ray_unlearn.training.worker import WorkerState
 
 
@@ -31,7 +34,9 @@ class MergeActor:
         self.state: WorkerState | None = None
         self.merger: Merger | None = None
 
-    def score(self, recipe: MergeRecipe, base: list[Any], members: dict[str, Any], threads: int) -> Scores:
+    def score(
+        self, recipe: MergeRecipe, base: list[ObjectRef[WorkerSpec]], members: dict[str, ObjectRef[Files]], threads: int
+    ) -> Scores:
         """The scores of a recipe's merge. `base`: a Ray reference to a WorkerSpec; `members`: one to the files of each
         of the recipe's snapshots.
 
@@ -67,7 +72,7 @@ class MergePool:
         without result is ended and its recipe has failed, None for never."""
         self._base = [ray.put(spec)]
         self._snapshots, self.timeout = snapshots, timeout
-        self._members: dict[str, Any] = {}
+        self._members: dict[str, ObjectRef[Files]] = {}
         self._threads = max(1, int(resources.cpus_per_worker))
         self._remote = ray.remote(MergeActor).options(
             num_cpus=resources.cpus_per_worker,
@@ -76,7 +81,7 @@ class MergePool:
             max_task_retries=1,  # a recipe that kills its actor twice is a failed merge, not the end of the others
         )
         self._free: list[Any] = [self._remote.remote() for _ in range(size)]
-        self._running: dict[Any, _Running] = {}
+        self._running: dict[ObjectRef[Scores], _Running] = {}
 
     @property
     def free(self) -> bool:
@@ -93,13 +98,12 @@ class MergePool:
         task = actor.score.remote(recipe, self._base, members, self._threads)
         self._running[task] = _Running(name, actor, time.monotonic())
 
-    def _member(self, name: str) -> Any:
+    def _member(self, name: str) -> ObjectRef[Files]:
         """A reference to a snapshot's files: as arrays, which Ray keeps once for all actors of a node."""
         if name not in self._members:
             files = read_snapshot(self._snapshots[name])
-            self._members[name] = ray.put(
-                {file: np.frombuffer(memoryview(data), np.uint8) for file, data in files.items()}
-            )
+            arrays = {file: np.frombuffer(memoryview(data), np.uint8) for file, data in files.items()}
+            self._members[name] = ray.put(cast("Files", arrays))
         return self._members[name]
 
     def wait(self) -> tuple[str, Scores | None, str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from ray_unlearn.errors import InputError
 from ray_unlearn.merging import MergeRecipe
 from ray_unlearn.merging.combine import member_change
 from ray_unlearn.merging.resident import Merger
@@ -155,6 +156,24 @@ def test_a_damaged_written_tensor_fails_the_run_and_leaves_the_earlier_best(run,
         selection.write_best(run, choice)
     assert sorted(path.name for path in run.dir.iterdir()) == ["best", "snapshots"]
     assert (run.dir / "best" / "mine").exists()
+
+
+def test_a_flipped_bit_in_a_member_reaches_neither_best_nor_a_merge_by_hand(run):
+    from ray_unlearn.api.merging import merge_by_recipe
+
+    recipe = merge_of("ties", ("full", "lora-a"))
+    selection.write_best(run, as_merge(recipe))
+    before = (run.dir / "best" / "model.safetensors").read_bytes()
+    path = run.dir / "snapshots" / IDS["lora-a"] / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} is not what was written"):
+        selection.write_best(run, as_merge(recipe))
+    with pytest.raises(InputError, match=f"{path} is not what was written"):
+        merge_by_recipe(run.dir / "best", None, run.dir / "again")
+    assert (run.dir / "best" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in run.dir.iterdir()) == ["best", "snapshots"]
 
 
 # -- families whose files differ from what is in memory --------------------------------------------
