@@ -18,6 +18,7 @@ from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import MMLU_MODES, EvalSettings
 from ray_unlearn.losses import OPTIONS
 from ray_unlearn.merging import MERGES
+from ray_unlearn.metrics import METRICS
 from ray_unlearn.models.loading import DTYPES
 from ray_unlearn.plugins import load_plugins
 from ray_unlearn.schema import check_fields, from_dict, option, require, to_dict
@@ -92,6 +93,8 @@ class EvaluationPart:
     """Tokens generated at most for a row (the organisers' 256)."""
     batch_size: int = option(32, at_least=1)
     """Rows in one forward pass."""
+    metrics: list[str] = option([], choices=METRICS)
+    """Further metrics of every model that is scored (ray-unlearn metrics); they decide nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +266,7 @@ class Job:
             batch_size=self.evaluation.batch_size,
             mmlu_mode=self.mmlu.mode,
             mmlu_shots=self.mmlu.shots,
+            metrics=tuple(self.evaluation.metrics),
         )
 
     @property

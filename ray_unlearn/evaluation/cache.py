@@ -18,8 +18,9 @@ LIBRARIES = ("ray-unlearn", "torch", "transformers")
 
 def evaluation_digest(weights: Sequence[str | None], dtype: str, data: EvalSet, settings: EvalSettings) -> str:
     """What an evaluation's results depend on: weights, precision, data, settings, and the libraries' versions."""
+    asked = {key: value for key, value in dataclasses.asdict(settings).items() if key != "metrics"}  # not kept here
     libraries = {name: version for name, version in versions().items() if name in LIBRARIES}
-    return digest([list(weights), dtype, dataclasses.asdict(data), dataclasses.asdict(settings), libraries])
+    return digest([list(weights), dtype, dataclasses.asdict(data), asked, libraries])
 
 
 class FinishedUnits:

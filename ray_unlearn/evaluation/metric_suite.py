@@ -84,6 +84,16 @@ def check_inputs(names: Sequence[str], data: EvalSet, reference: bool) -> list[s
     return chosen
 
 
+def check_in_run(names: Sequence[str], data: EvalSet) -> None:
+    """Refuses what cannot be measured of each candidate of a run, where a model is alone and part of it may train."""
+    for name in check_inputs(names, data, reference=False):
+        if "document_gradient_norms" in METRICS[name].signals:
+            raise InputError(
+                f"metric {name!r} needs gradients of all weights, which a trial's workers have no room for: leave it "
+                "out of evaluation.metrics, and measure the delivered model with `ray-unlearn evaluate`."
+            )
+
+
 def _measure(metric: Metric, signals: Signals) -> dict[str, Part]:
     """One metric of one model."""
     samples = {group: _sample(metric, signals, group) for group in metric.groups}

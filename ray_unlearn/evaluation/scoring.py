@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_unlearn import metrics
 from ray_unlearn.evaluation import generation
+from ray_unlearn.evaluation.metric_suite import more_metrics
+from ray_unlearn.evaluation.signals import ModelHere
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import ALONE, Shard, WorkUnit, compute, split_work
+from ray_unlearn.metrics import METRICS
+from ray_unlearn.metrics.summaries import Part
 from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Scores
 
@@ -79,15 +84,35 @@ def evaluate_model(
     Every worker of a sharded evaluation gets the same result, whatever their number.
     """
     measured = _measure(model, tokenizer, data, settings, shard, log, exact_texts=True)
-    return measured.scores(data, settings, dtype_of(model)), measured.texts
+    return _scores(measured, model, tokenizer, data, settings, shard), measured.texts
 
 
 def score_model(
     model: CausalLM, tokenizer: Tokenizer, data: EvalSet, settings: EvalSettings, shard: Shard = ALONE
 ) -> Scores:
     """The same Scores where nobody reads the generations: rows end as soon as their score is certain."""
-    measured = _measure(model, tokenizer, data, settings, shard, lambda line: None, exact_texts=False)
-    return measured.scores(data, settings, dtype_of(model))
+    read = any("generated" in METRICS[name].signals for name in settings.metrics)
+    measured = _measure(model, tokenizer, data, settings, shard, lambda line: None, exact_texts=read)
+    return _scores(measured, model, tokenizer, data, settings, shard)
+
+
+def _scores(
+    measured: ModelOutputs, model: CausalLM, tokenizer: Tokenizer, data: EvalSet, settings: EvalSettings, shard: Shard
+) -> Scores:
+    """Scores, with the further metrics that the settings ask for. A part that is no finite number is left out: it
+    could not be written down."""
+    scores = measured.scores(data, settings, dtype_of(model))
+    if not settings.metrics:
+        return scores
+    here = ModelHere(model=model, texts=measured.texts, scores=scores, shard=shard)
+    found = more_metrics(settings.metrics, here, tokenizer, data, batch_size=settings.batch_size)
+    finite = {name: {part: one for part, one in parts.items() if _finite(one)} for name, parts in found.items()}
+    return replace(scores, metrics=finite)
+
+
+def _finite(part: Part) -> bool:
+    values = [value if isinstance(value, list) else [value] for value in part.values()]
+    return all(math.isfinite(number) for value in values for number in value if not isinstance(number, str))
 
 
 def _measure(

@@ -11,7 +11,7 @@ from ray_unlearn.data.contrasts import Contrasts, contrasts
 from ray_unlearn.data.tokens import Encoded, encode
 from ray_unlearn.errors import InputError
 from ray_unlearn.evaluation.spec import EvalSet
-from ray_unlearn.evaluation.work_units import BATCHES_IN_UNIT, balanced_shares
+from ray_unlearn.evaluation.work_units import ALONE, BATCHES_IN_UNIT, Shard, balanced_shares
 from ray_unlearn.metrics.memorisation import log_truth_ratio, mean_log_prob
 from ray_unlearn.metrics.table import REFERENCE
 from ray_unlearn.models.token_statistics import TokenStatistics, gradient_norms, token_statistics
@@ -45,10 +45,12 @@ class ModelHere:
     model: CausalLM
     texts: Sequence[str] | None = None
     scores: Scores | None = None
+    shard: Shard = ALONE
+    """This process's part, where several hold the model."""
 
     def compute(self, work: RowWork[R], shares: Sequence[Sequence[Encoded]]) -> list[list[R]]:
         """One share after another."""
-        return [work(self.model, share) for share in shares]
+        return self.shard.join([work(self.model, share) for share in self.shard.take(shares)], len(shares))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ray_unlearn.data.questions import Question
+from ray_unlearn.metrics import METRICS
 from ray_unlearn.records import Example
 from ray_unlearn.schema import check_fields, option
 
@@ -24,6 +25,8 @@ class EvalSettings:
     """`letters`: next-token probabilities of A-D; `cloze`: length-normalised log-probability of the option texts."""
     mmlu_shots: int = option(5, at_least=0)
     """Solved examples before a question, in `letters` mode."""
+    metrics: tuple[str, ...] = option((), choices=METRICS)
+    """Further metrics that are measured with every score, by name."""
 
     def __post_init__(self) -> None:
         check_fields(self)

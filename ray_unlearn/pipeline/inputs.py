@@ -12,6 +12,7 @@ from ray_unlearn.data.questions import Question, load_mmlu
 from ray_unlearn.data.rows import check_cells, find_file, limit_documents, load_membership, load_pair
 from ray_unlearn.data.tokens import document_of
 from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation.metric_suite import check_in_run
 from ray_unlearn.evaluation.spec import EvalSet
 from ray_unlearn.files import file_digest
 from ray_unlearn.records import Example
@@ -57,6 +58,7 @@ def load_inputs(job: Job, benchmark: Path | None = None) -> Inputs:
         )
         for part in (0, 1)
     )
+    check_in_run(job.evaluation.metrics, search)
     digests = {name: loaded.digest for name, loaded in pair.items()}
     digests |= {name: file_digest(find_file(paths[name], "mia")) for name in ("mia_member", "mia_nonmember")}
     digests["mmlu"] = digest([file_digest(path) for path in sorted(paths["mmlu"].glob("*/*.csv"))])
