@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.errors import DiskFullError, InputError
 
@@ -123,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """write_text of readable JSON; NaN is refused, since a missing number is no number."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
@@ -176,7 +175,7 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / folder
 
 
-def read_json(path: Path, mend: str = "Restore it, or move it away.") -> dict[str, Any] | None:
+def read_json(path: Path, mend: str = "Restore it, or move it away.") -> dict[str, object] | None:
     """A JSON file's object, or None where there is no such file.
 
     Raises InputError, naming the file and how to `mend` it, for one that holds anything else; NaN is no number.

@@ -57,7 +57,7 @@ class Scores:
     """Objective, `mia_auc` or `final` -> low and high end of its 95 % bootstrap interval; empty in older records."""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further metrics that were asked for: name -> part -> value, interval, reference, difference."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
     def objectives(self) -> tuple[float, float, float]:
         """Task aggregate, MIA score and utility; raises ValueError when one was not measured."""
@@ -74,7 +74,7 @@ class Scores:
         """The headlines in words, without the AUC that the MIA score is made of."""
         return ", ".join(f"{name} {value:.{digits}f}" for name, value in self.headlines().items() if name != "mia_auc")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The fields of scores.json; parts that were not measured are absent."""
         return _without_absent(dataclasses.asdict(self))
 
@@ -92,7 +92,7 @@ class Scores:
         return cls(**{key: value for key, value in data.items() if key in names})
 
 
-def _without_absent(scores: dict[str, Any]) -> dict[str, Any]:
+def _without_absent(scores: dict[str, object]) -> dict[str, object]:
     return {
         key: value
         for key, value in scores.items()
@@ -123,10 +123,10 @@ class TrialRecord:
     id: str
     status: str
     """`finished`, `stopped` (by its own guard; snapshots count) or `failed`."""
-    config: dict[str, Any]
+    config: dict[str, object]
     reason: str = ""
     snapshots: tuple[Snapshot, ...] = ()
-    course: tuple[dict[str, Any], ...] = ()
+    course: tuple[dict[str, object], ...] = ()
     """Step, loss and its parts, gradient norm, tokens/s, memory in MB, as they came."""
     seconds: float = 0.0
     seconds_to_first_step: float | None = None

@@ -38,7 +38,7 @@ Search: TypeAlias = "Range | tuple[Any, ...]"
 """What a search draws a value from: a range, or a tuple of choices."""
 
 
-def suggest(search: Search, trial: Suggests, name: str) -> Any:
+def suggest(search: Search, trial: Suggests, name: str) -> object:
     """Asks a trial for the value of that name."""
     if isinstance(search, tuple):
         return trial.suggest_categorical(name, search)
@@ -52,9 +52,9 @@ def suggest(search: Search, trial: Suggests, name: str) -> Any:
 class Option:
     """A value that a configuration may set. Bounds and choices hold for each entry of a list or mapping too."""
 
-    hint: Any = None
+    hint: object = None
     """Its type, as in an annotation; a field's own where `declared` gives it."""
-    default: Any
+    default: object
     meaning: str = ""
     """A field's docstring says it instead."""
     choices: Collection[Any] = ()
@@ -129,7 +129,7 @@ def option(default: T, **rules: Any) -> T:
     return field(default=default, metadata=metadata)
 
 
-def declared(cls: type[Any]) -> Mapping[str, Option]:
+def declared(cls: type[object]) -> Mapping[str, Option]:
     """An Option for each field that a dataclass is built from, with its type; without rules where it states none."""
     return _declared(cls)  # type: ignore[arg-type]  # mypy takes no class for hashable
 
@@ -190,20 +190,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Sixteen hex characters that change when any part of a config or plain value changes."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def checked(option: Option, value: Any, where: str) -> Any:
+def checked(option: Option, value: object, where: str) -> object:
     """`value` as the option's type, within its bounds and choices; else InputError with the rule and the value."""
     value = checked_value(option.hint, value, where)
     option.check(where, value)
     return value
 
 
-def checked_value(hint: Any, value: Any, where: str) -> Any:
+def checked_value(hint: Any, value: object, where: str) -> Any:
     """`value` as the annotated type; ints pass for floats, and numbers as text (YAML's 1e-4) too."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         options = typing.get_args(hint)
@@ -233,7 +233,7 @@ def checked_value(hint: Any, value: Any, where: str) -> Any:
     return _check_scalar(hint, value, where)
 
 
-def _check_scalar(hint: type, value: Any, where: str) -> Any:
+def _check_scalar(hint: type, value: object, where: str) -> object:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as text
             return float(value)

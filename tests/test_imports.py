@@ -176,3 +176,21 @@ def test_each_heavy_library_has_one_owner(library, owners, guests):
 def test_ray_is_imported_in_cluster_search_and_submit_alone():
     found = {name for name in importers("ray") if name != "pipeline/submit.py"}
     assert found and {name.split("/")[0] for name in found} == {"cluster", "search"}
+
+
+# -- types ---------------------------------------------------------------------------------------
+
+
+def annotations(path):
+    """Every annotation of a parameter, a result or a variable."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            yield node.annotation
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
+            yield node.returns
+
+
+def test_any_is_under_one_in_twenty_annotations():
+    found = [annotation for path in files() for annotation in annotations(path)]
+    loose = [one for one in found if any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(one))]
+    assert len(found) > 2000 and len(loose) < 0.05 * len(found)

@@ -29,16 +29,16 @@ one for ever. Longer than a worker group needs to start again."""
 class TrialState:
     """A trial from its announcement to its record."""
 
-    config: dict[str, Any]
+    config: dict[str, object]
     queued: bool
     """Whether it waits for a warm slot; else its own workers come for it."""
     submitted: float = field(default_factory=time.monotonic)
-    events: asyncio.Queue[tuple[str, dict[str, Any]]] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[tuple[str, dict[str, object]]] = field(default_factory=asyncio.Queue)
     attempts: int = 0
     error: str = ""
     """The first one of the latest attempt: what other ranks say after it only follows from it."""
     snapshots: list[Snapshot] = field(default_factory=list)
-    course: list[dict[str, Any]] = field(default_factory=list)
+    course: list[dict[str, object]] = field(default_factory=list)
     first_step: float | None = None
     ended: bool = False
 
@@ -67,17 +67,17 @@ class Coordinator:
         self.trials: dict[str, TrialState] = {}
         self.slots = [Slot() for _ in range(slots)]
         self.closed = False
-        self.common: dict[str, Any] = {}
+        self.common: dict[str, object] = {}
 
-    async def made(self, name: str) -> Any:
+    async def made(self, name: str) -> object:
         """What a worker has shared under that name, or None."""
         return self.common.get(name)
 
-    async def keep(self, name: str, value: Any) -> None:
+    async def keep(self, name: str, value: object) -> None:
         """Keeps a value for all later trials; the first one stays."""
         self.common.setdefault(name, value)
 
-    async def submit(self, trial_id: str, config: dict[str, Any], queued: bool) -> None:
+    async def submit(self, trial_id: str, config: dict[str, object], queued: bool) -> None:
         """Announces a trial; a queued one waits for a warm worker."""
         self.trials[trial_id] = TrialState(config=config, queued=queued)
         self._restart(trial_id)
@@ -119,7 +119,7 @@ class Coordinator:
         self.slots[slot].heard = time.monotonic()
         return self.slots[slot]
 
-    async def lease(self, slot: int, epoch: int) -> tuple[str, str, dict[str, Any]]:
+    async def lease(self, slot: int, epoch: int) -> tuple[str, str, dict[str, object]]:
         """("run", id, config), ("wait", ...) or ("close", ...). A slot whose workers died gets its trial back once."""
         for _ in range(int(5 / LEASE_POLL_SECONDS)):
             if self.closed or epoch != self.slots[slot].epoch:
@@ -221,7 +221,7 @@ class Coordinator:
         if not trial.ended:
             await self._end(trial_id, "failed", trial.error or reason)
 
-    async def next_event(self, trial_id: str) -> tuple[str, dict[str, Any]]:
+    async def next_event(self, trial_id: str) -> tuple[str, dict[str, object]]:
         """Waits for a trial's next event: snapshot, or ended."""
         return await self.trials[trial_id].events.get()
 

@@ -96,8 +96,8 @@ class ScoringActors:
         self.address, self.stack, self.log = pool.address, stack, log
         self.shared: bool | None = None
         """Whether the actors can read the driver's paths; None before there is a cluster."""
-        self.actors: list[Any] = []
-        self.inputs: dict[tuple[str, str | None], list[ObjectRef[Any]]] = {}
+        self.actors: list[object] = []
+        self.inputs: dict[tuple[str, str | None], list[ObjectRef[object]]] = {}
         self.said: set[str] = set()
 
     def compute(
@@ -137,7 +137,7 @@ class ScoringActors:
             self.actors += [actor.remote() for _ in range(wanted - len(self.actors))]
             self.log(f"{wanted} workers")
 
-    def _inputs(self, evaluation: Evaluation) -> list[ObjectRef[Any]]:
+    def _inputs(self, evaluation: Evaluation) -> list[ObjectRef[object]]:
         import ray
 
         if evaluation.key not in self.inputs:

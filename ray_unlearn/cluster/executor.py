@@ -72,7 +72,7 @@ class TrainWorker:
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return float(tensor)
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: object) -> Any:
         """Rank 0's value on every rank."""
         if self.world == 1:
             return value
@@ -108,7 +108,7 @@ class TrainWorker:
         return self.known[name]
 
 
-def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], state: Any) -> None:
+def _run(worker: TrainWorker, trial_id: str, config: Mapping[str, object], state: Any) -> None:
     """One trial; an exception is posted as the reason, then ends the worker group, so that ranks never disagree."""
     from ray_unlearn.training.loop import run_trial
 
@@ -124,7 +124,7 @@ def _run(worker: TrainWorker, trial_id: str, config: dict[str, Any], state: Any)
             worker.post("ended", status="failed", reason=f"{type(error).__name__}: {error}")
 
 
-def _open_state(config: dict[str, Any]) -> Any:
+def _open_state(config: dict[str, Any]) -> object:
     """The WorkerState on the device that Ray gave this worker; a GPU that it did not give is left alone."""
     import torch
 
@@ -201,11 +201,11 @@ class Handle:
     """What any process of the cluster needs to run trials through an executor."""
 
     coordinator: Any
-    spec: Any
+    spec: object
     resources: ResourcesPart
     storage: str
 
-    def trainer(self, loop: Any, name: str, max_failures: int, **extra: Any) -> TorchTrainer:
+    def trainer(self, loop: Any, name: str, max_failures: int, **extra: object) -> TorchTrainer:
         """A Ray Train run of `loop` on one trial's workers. `name` must never have been used: a known one resumes."""
         resources = self.resources
         needs: dict[str, float] = {"CPU": resources.cpus_per_worker}
@@ -225,7 +225,7 @@ class Handle:
         )
 
 
-def start_coordinator(run_dir: Path, concurrency: int) -> Any:
+def start_coordinator(run_dir: Path, concurrency: int) -> object:
     """The Coordinator's actor, on the driver's node.
 
     Of each trial side by side one call waits for its next event and one for a lease, and none of
@@ -283,7 +283,7 @@ def _stamp() -> str:
     return f"{os.getpid()}-{time.time_ns() // 1_000_000}"
 
 
-def events(handle: Handle, trial_id: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def events(handle: Handle, trial_id: str, config: dict[str, object]) -> Iterator[tuple[str, dict[str, object]]]:
     """Runs a trial and yields its events: ("snapshot", objectives) as they come, then ("ended", {status, reason})."""
     warm = handle.resources.executor == "warm"
     ray.get(handle.coordinator.submit.remote(trial_id, config, warm))
@@ -300,7 +300,7 @@ def events(handle: Handle, trial_id: str, config: dict[str, Any]) -> Iterator[tu
             return
 
 
-def _fit_cold(handle: Handle, trial_id: str, config: dict[str, Any]) -> None:
+def _fit_cold(handle: Handle, trial_id: str, config: dict[str, object]) -> None:
     """A Train run for one trial; whatever ends it without a record is the reason of a failed one."""
     reason = "the Train run ended without a result"
     try:

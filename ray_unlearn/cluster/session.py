@@ -101,7 +101,7 @@ def _handle(number: signal.Signals, handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def worker_environment(elsewhere: bool) -> dict[str, Any]:
+def worker_environment(elsewhere: bool) -> dict[str, object]:
     """What workers import that they may lack: plugins and, on another machine, this package.
 
     The driver's own sys.path does not reach them. Empty where there is nothing, which starts workers sooner.

@@ -35,7 +35,7 @@ RECIPE_KEYS = [
 class FirstPoint:
     """Searched parameters to try first, and the recipe they are of, whose keys the space need not all ask for."""
 
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
     recipe: str | None
 
 
@@ -116,11 +116,11 @@ class SearchPart:
     trials: int = option(24, at_least=1)
     spaces: list[str] = field(default_factory=lambda: ["npo_kl_ce", "ascent_kl_ce"])
     """Names of shipped spaces, or paths of .py files; which one a trial uses is itself searched."""
-    fixed: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, object] = field(default_factory=dict)
     """TrialConfig fields that every trial gets whatever its space says."""
-    ranges: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, object] = field(default_factory=dict)
     """Searched parameter -> [low, high] or list of choices, in place of the space's own."""
-    first_points: list[Any] = field(default_factory=list)
+    first_points: list[object] = field(default_factory=list)
     """Recipe names, or mappings of searched parameters, that are tried first."""
     sampler: str = "tpe"
     """Who proposes trials: a name in search.samplers (`tpe`, `random`, `nsga2`, `qmc`, `gp`), or `module:function`."""
@@ -229,7 +229,7 @@ class Job:
     selection: SelectionPart = field(default_factory=SelectionPart)
 
     @staticmethod
-    def gathered(data: dict[str, Any]) -> dict[str, Any]:
+    def gathered(data: dict[str, Any]) -> dict[str, object]:
         """The same mapping, its plugins loaded: names in its parts may be theirs."""
         if isinstance(data.get("plugins", []), list):
             load_plugins(data.get("plugins", []))
@@ -313,7 +313,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
     return from_dict(Job, expanded)
 
 
-def _expand(value: Any) -> Any:
+def _expand(value: object) -> Any:
     """Environment variables (`$LUME/forget.jsonl`) in every text of a job; an unset one is refused."""
     if isinstance(value, dict):
         return {key: _expand(item) for key, item in value.items()}

@@ -114,7 +114,7 @@ class TrialConfig:
     """Seed of adapter initialisation, dropout and batch order."""
 
     @staticmethod
-    def gathered(data: dict[str, Any]) -> dict[str, Any]:
+    def gathered(data: dict[str, object]) -> dict[str, object]:
         """A mapping in which method parameters may stand beside the fields, with them under `options`."""
         stated = data.get("options") or {}
         if not isinstance(stated, dict):
@@ -128,7 +128,7 @@ class TrialConfig:
         _check_together(self)
 
 
-def _checked_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+def _checked_options(method: str, options: dict[str, object]) -> dict[str, object]:
     """The method's own parameters, checked, in a fixed order, defaults filled in."""
     names = options_of(method)
     for key in options:

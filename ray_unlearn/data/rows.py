@@ -58,7 +58,7 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
         except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
             raise InputError(f"{path} is not a readable parquet file: {error}.") from error
         return [(number, dict(row)) for number, row in enumerate(table, start=1)]
-    rows: list[tuple[int, Any]] = []
+    rows: list[tuple[int, object]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
             try:
@@ -79,7 +79,7 @@ def _file_names(directory: Path) -> str:
     return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
 
 
-def row_problem(row: Any, fields: Sequence[str], may_be_empty: Sequence[str] = ()) -> str | None:
+def row_problem(row: object, fields: Sequence[str], may_be_empty: Sequence[str] = ()) -> str | None:
     """What is wrong with a row's fields, or None."""
     if isinstance(row, json.JSONDecodeError):
         return f"broken JSON: {row.msg} at column {row.colno}"
@@ -99,7 +99,7 @@ def row_problem(row: Any, fields: Sequence[str], may_be_empty: Sequence[str] = (
     return None
 
 
-def kind_problem(row: dict[str, Any]) -> str | None:
+def kind_problem(row: dict[str, object]) -> str | None:
     """Why a row's kind is not known, or None."""
     if kind_of(row) in KINDS:
         return None
@@ -147,7 +147,7 @@ def _paraphrased_problem(row: dict[str, Any]) -> str | None:
     )
 
 
-def _texts_problem(row: dict[str, Any], column: str, texts: Sequence[object]) -> str | None:
+def _texts_problem(row: dict[str, object], column: str, texts: Sequence[object]) -> str | None:
     problem = next(filter(None, (row_problem({column: text}, (column,)) for text in texts)), None)
     return problem or (f"{column} holds the output itself" if row["output"] in texts else None)
 
@@ -167,7 +167,7 @@ class _Scanned:
 
 
 def _scan(path: Path, fields: Sequence[str]) -> _Scanned:
-    good: list[tuple[int, dict[str, Any]]] = []
+    good: list[tuple[int, dict[str, object]]] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
     for number, row in read_rows(path):

@@ -90,7 +90,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: torch.device | str = "
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 
-def by_length(items: Iterable[Any], length: Callable[[Any], int], size: int) -> list[list[int]]:
+def by_length(items: Iterable[object], length: Callable[[Any], int], size: int) -> list[list[int]]:
     """Indices of the items in groups of at most `size` of similar length, so that little padding is needed."""
     lengths = [length(item) for item in items]
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))

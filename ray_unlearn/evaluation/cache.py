@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import WorkUnit
@@ -29,9 +28,9 @@ class FinishedUnits:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
 
-    def load(self, units: Sequence[WorkUnit]) -> dict[int, list[Any]]:
+    def load(self, units: Sequence[WorkUnit]) -> dict[int, list[object]]:
         """Results of the units that were finished before, by index. A file that is not whole is none."""
-        found: dict[int, list[Any]] = {}
+        found: dict[int, list[object]] = {}
         for index, unit in enumerate(units):
             place = self._place(index)
             if place is None or not place.exists():
@@ -44,7 +43,7 @@ class FinishedUnits:
                 found[index] = kept["results"]
         return found
 
-    def save(self, index: int, unit: WorkUnit, results: list[Any]) -> None:
+    def save(self, index: int, unit: WorkUnit, results: list[object]) -> None:
         """Keeps a unit's results."""
         place = self._place(index)
         if place is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.evaluation.cache import FinishedUnits, evaluation_digest
@@ -51,7 +51,7 @@ class Scorer:
         for line in check_prompts(self.model, self.tokenizer, rows, e.settings.max_new_tokens):
             log(line)
 
-    def compute(self, unit: WorkUnit) -> list[Any]:
+    def compute(self, unit: WorkUnit) -> list[object]:
         """The unit's results."""
         return compute(unit, self.model, self.tokenizer, self.evaluation.data, self.evaluation.settings)
 

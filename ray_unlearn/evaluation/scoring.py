@@ -36,7 +36,7 @@ class ModelOutputs:
     choices: list[int]
 
     @classmethod
-    def of(cls, units: Sequence[WorkUnit], results: Sequence[Sequence[Any]]) -> ModelOutputs:
+    def of(cls, units: Sequence[WorkUnit], results: Sequence[Sequence[object]]) -> ModelOutputs:
         """The units' results, put back in the order of the data."""
         parts: dict[str, dict[int, Any]] = {"texts": {}, "losses": {}, "choices": {}}
         for unit, found in zip(units, results, strict=True):
@@ -146,7 +146,7 @@ def dtype_of(model: CausalLM) -> str:
 def make_scores(
     rows: Sequence[tuple[str, str, str, str, str]],
     ids: Sequence[str],
-    settings: dict[str, Any],
+    settings: dict[str, object],
     *,
     members: Sequence[float] = (),
     nonmembers: Sequence[float] = (),

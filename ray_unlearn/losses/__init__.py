@@ -6,7 +6,6 @@ A family of losses is a file; its rows of the tables stand at its end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ray_unlearn.losses import ascent, distillation, preference, representation, weighting
 from ray_unlearn.losses.table import Loss, Method
@@ -64,12 +63,12 @@ def parameters_of(method: str) -> list[str]:
     return list(dict.fromkeys([*shared, *negated, *options_of(method)]))
 
 
-def pools(method: str, options: Mapping[str, Any]) -> bool:
+def pools(method: str, options: Mapping[str, object]) -> bool:
     """Whether the method, under these options, pools tokens over a batch, whose rows must then stay together."""
     return any(loss.pools(options) for loss in losses_of(method))
 
 
-def make_weighting(method: str, weight: float, options: Mapping[str, Any]) -> Weighting:
+def make_weighting(method: str, weight: float, options: Mapping[str, object]) -> Weighting:
     """The state that says the retain term's weight, step by step."""
     made: Weighting = WEIGHTINGS[METHODS[method].weighting][0](weight, options)
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,7 +107,7 @@ OPTIONS = {
 }
 
 
-def _always(options: Mapping[str, Any]) -> bool:
+def _always(options: Mapping[str, object]) -> bool:
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +55,7 @@ def dpo(
     return -(2 / beta) * F.logsigmoid(beta * gain).mean()
 
 
-def _npo_pools(options: Mapping[str, Any]) -> bool:
+def _npo_pools(options: Mapping[str, object]) -> bool:
     return options["npo_ratio"] in ("batch", "token")
 
 

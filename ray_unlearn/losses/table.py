@@ -19,7 +19,7 @@ TENSORS = tuple(
 class Loss:
     """A loss and what it is called with."""
 
-    compute: Callable[..., Any]
+    compute: Callable[..., object]
     tensors: tuple[str, ...]
     """Its positional arguments, in order, by name. With B rows of T predicted tokens, N of which the mask shows,
     V entries of the vocabulary and H of a hidden state:
@@ -30,7 +30,7 @@ class Loss:
     part: str = "retain"
     """On retain rows: `retain` or `kl`, which decides the weight (`retain_weight`, `kl_weight`), the tokens
     (`retain_on`, `kl_on`) and the name in a trial's course."""
-    pools: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    pools: Callable[[Mapping[str, object]], bool] = lambda options: False
     """Whether, under these options, tokens are pooled over the batch: its rows must then stay together."""
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Loss:
 
 
 def mean_loss(
-    compute: Callable[..., Any], tensors: tuple[str, ...], options: Mapping[str, str] | None = None, **more: Any
+    compute: Callable[..., object], tensors: tuple[str, ...], options: Mapping[str, str] | None = None, **more: Any
 ) -> Loss:
     """A Loss that is a mean of values of tokens, and takes `pool` as `rows.mean` does."""
     return Loss(

@@ -41,7 +41,7 @@ class Fixed:
     """The weight of the configuration, throughout."""
 
     weight: float
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
 
     def update(self, epoch: int, retain_loss: float) -> None:
         """Nothing moves."""

@@ -104,9 +104,9 @@ class MergeRecipe:
         lengths = {len(weight) for weight in self.weights if isinstance(weight, list)}
         return sorted({0.0, 1.0, *(i / (n - 1) for n in lengths if n > 1 for i in range(n))})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As records and cards write it: lambda_ is `lambda` there, and options at their default are absent."""
-        data: dict[str, Any] = {
+        data: dict[str, object] = {
             "method": self.method,
             "members": list(self.members),
             "weights": [_copy(weight) for weight in self.weights],  # YAML would mark a list that stands twice

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,7 +38,7 @@ class MergeFile:
         return {name: place / name for name in self.recipe.leaves()}
 
 
-def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None, dtype: str = "float32") -> dict[str, Any]:
+def merge_file(recipe: MergeRecipe, base: str, folder: Path | None = None, dtype: str = "float32") -> dict[str, object]:
     """The content of merge.json."""
     return {"base": base, **({"folder": str(folder)} if folder else {}), "dtype": dtype, **recipe.to_json()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Any
 
 from ray_unlearn.metrics.generation import exact_match, rouge_l_recall
 from ray_unlearn.metrics.membership import mia_score
@@ -53,7 +52,7 @@ def final_score(task_aggregate: float, mia: float, utility: float) -> float:
     return (task_aggregate + mia + utility) / 3
 
 
-def _official(compute: Callable[..., Any], formula: str, collapsed: str, best: dict[str, float]) -> Metric:
+def _official(compute: Callable[..., object], formula: str, collapsed: str, best: dict[str, float]) -> Metric:
     return Metric(
         compute=compute, formula=formula, range=(0, 1), best=best, collapsed=collapsed,
         source="SemEval-2025 Task 4, official evaluation",

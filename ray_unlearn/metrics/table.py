@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ray_unlearn.errors import unknown_name
 from ray_unlearn.metrics.summaries import Summary, mean_over_rows
@@ -26,7 +25,7 @@ SIGNALS = tuple(
 class Metric:
     """One metric: what it is called with, which value is best, and what not to be fooled by."""
 
-    compute: Callable[..., Any]
+    compute: Callable[..., object]
     signals: tuple[str, ...] = ()
     """Its positional arguments, in order, by name; none for what every evaluation measures anyway.
     Of a row with T answer tokens: `split`, `expected`, `generated` (texts), `answer_log_probs` [T], `answer_matches`

@@ -27,7 +27,7 @@ PAIR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weig
 class Adapter:
     """A checked LoRA adapter."""
 
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     """adapter_config.json."""
     scaling: float
     """Of B A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
@@ -122,7 +122,7 @@ def _texts(value: object) -> bool:
 
 
 def _check_pair(
-    name: str, config: Mapping[str, Any], module: str, b: Tensor, a: Tensor, shapes: Mapping[str, Size]
+    name: str, config: Mapping[str, object], module: str, b: Tensor, a: Tensor, shapes: Mapping[str, Size]
 ) -> None:
     key, targets = f"{module}.weight", config.get("target_modules")
     if key not in shapes:
@@ -155,7 +155,7 @@ def _targeted(module: str, targets: object) -> bool:
     return True
 
 
-def _check_stated_base(adapter: str, config: Mapping[str, Any], base: str) -> None:
+def _check_stated_base(adapter: str, config: Mapping[str, object], base: str) -> None:
     """Bases are compared by the settings that decide the shapes of their weights, when both are local."""
     stated = str(config.get("base_model_name_or_path") or "")
     ours, theirs = Path(base) / "config.json", Path(stated) / "config.json"

@@ -142,7 +142,7 @@ def _after_gap(model: CausalLM, short: Tensor, long: Tensor) -> Tensor:
     return read_after_gap(model, cache, torch.tensor(lengths, device=short.device), ids, *_last(ids))[0]
 
 
-def _side_by_side(model: CausalLM, short: Tensor, long: Tensor) -> tuple[Any, list[int]]:
+def _side_by_side(model: CausalLM, short: Tensor, long: Tensor) -> tuple[object, list[int]]:
     """A cache of the short row's first two tokens and the whole long row, padded on the right; and their lengths."""
     cache = whole_cache()
     ids = right_padded([short[0, :2].tolist(), long[0].tolist()], int(long[0, -1]), short.device)

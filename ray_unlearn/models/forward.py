@@ -29,7 +29,7 @@ ROUNDING, HALF_ROUNDING = 0.01, 0.1
 SWITCHING_ROPE = ("longrope", "dynamic")
 
 
-def picked_logits(model: CausalLM, rows: Tensor, columns: Tensor, cache: Any = None, **inputs: Any) -> Tensor:
+def picked_logits(model: CausalLM, rows: Tensor, columns: Tensor, cache: object = None, **inputs: object) -> Tensor:
     """Logits [N, V] at hidden[rows[n], columns[n]] of a forward pass, over `cache` and into it where one is given.
 
     Only those N positions reach the output head. What the model does with its logits afterwards

@@ -81,7 +81,9 @@ class _SlotLayer(DynamicLayer):
             self.keys = torch.nn.functional.pad(self.keys, grown)
             self.values = torch.nn.functional.pad(self.values, grown)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Writes one token of each row at its length; returns the columns in use."""
         rows, width = key_states.shape[0], self.owner.width + 1
         self.reserve(rows, width)
@@ -100,12 +102,12 @@ def bytes_of_token(cache: Any) -> int:
     return sum(states[0, :, 0].nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def whole_cache() -> Any:
+def whole_cache() -> object:
     """An empty cache that keeps every token of every layer, whatever window the layer has."""
     return DynamicCache()
 
 
-def selected(cache: Any, rows: Tensor) -> Any:
+def selected(cache: Any, rows: Tensor) -> object:
     """A new cache whose row i is row rows[i] of this one; a single row is shared, not copied."""
     made = DynamicCache()
     for layer in cache.layers:

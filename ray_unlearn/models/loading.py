@@ -75,7 +75,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     quiet()
     check_model(path)
     place = Path(path)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    options: dict[str, object] = {"dtype": getattr(torch, dtype)}
     name = path
     if place.suffix == ".gguf":
         # Without dequantize the model is marked as quantised, and can be neither trained nor saved.
@@ -84,7 +84,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # GGUF's progress bar has no switch
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all is named at once
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+            loaded: object = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # broken files raise many kinds, safetensors' and pickle's among them
         raise InputError(f"the model {path} cannot be loaded: {type(error).__name__}: {error}") from error
     model, found = cast("tuple[CausalLM, dict[str, set[Any]]]", loaded)

@@ -33,7 +33,7 @@ class Entry:
     id: str
     recipe: Recipe
     seed: int
-    config: dict[str, Any]
+    config: dict[str, object]
     changed: list[str]
 
 
@@ -128,7 +128,7 @@ def _members(run: Run, planned: Sequence[Entry], entry: Entry) -> list[Snapshot]
     return lasts if len(lasts) == len(records) else []
 
 
-def table(planned: Sequence[Entry], trials: Sequence[Any], merges: Sequence[Any]) -> list[dict[str, Any]]:
+def table(planned: Sequence[Entry], trials: Sequence[Any], merges: Sequence[object]) -> list[dict[str, object]]:
     """A row for each recipe: outcomes by seed, mean and standard deviation over those that ended, seconds."""
     records = {record.id: record for record in (*trials, *merges)}
     rows = []

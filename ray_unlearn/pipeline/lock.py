@@ -60,7 +60,7 @@ def owned(directory: Path, log: Callable[[str], None] = lambda line: None) -> It
                 file.truncate(0)
 
 
-def _me() -> dict[str, Any]:
+def _me() -> dict[str, object]:
     """This process, and this ownership of it: two in one process are two."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "since": time.time()}
@@ -85,7 +85,7 @@ def _started(pid: int) -> str | None:
     return "unknown"
 
 
-def _take(path: Path, me: dict[str, Any], log: Callable[[str], None]) -> None:
+def _take(path: Path, me: dict[str, object], log: Callable[[str], None]) -> None:
     with _exclusive(path) as file:
         owner = _read(file.read())
         if owner is not None:
@@ -124,7 +124,7 @@ def _exclusive(path: Path) -> Iterator[Any]:
         file.flush()
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
+def _owner(path: Path) -> dict[str, object] | None:
     with _exclusive(path) as file:
         return _read(file.read())
 
@@ -138,5 +138,5 @@ def _read(text: str) -> dict[str, Any] | None:
         return None
 
 
-def _named(owner: dict[str, Any] | None) -> str:
+def _named(owner: dict[str, object] | None) -> str:
     return "another process" if owner is None else f"process {owner['pid']} on {owner['host']}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.cluster.session import check_storage, cluster
 from ray_unlearn.config.job import Job, load_job
@@ -43,7 +42,7 @@ class RunResult:
 
 
 def run(
-    job: Job | str | Path | dict[str, Any],
+    job: Job | str | Path | dict[str, object],
     out: str | Path | None = None,
     address: str | None = None,
     progress: Progress | None = None,
@@ -101,7 +100,7 @@ def _run(job: Job, out: Path, address: str | None, progress: Progress) -> RunRes
     return RunResult(run_dir=out, choice=choice, target=final.target, best=final.best)
 
 
-def _resolve(job: Job | str | Path | dict[str, Any], out: str | Path | None) -> tuple[Job, Path]:
+def _resolve(job: Job | str | Path | dict[str, object], out: str | Path | None) -> tuple[Job, Path]:
     name = Path(job).stem if isinstance(job, (str, Path)) else "job"
     place = Path(out or f"runs/{name}").expanduser().resolve()
     if isinstance(job, Job):
@@ -135,7 +134,7 @@ def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs,
     return inputs, model_path, reference_path
 
 
-def _stages(state: Run, space: Space, points: list[dict[str, Any]]) -> str | None:
+def _stages(state: Run, space: Space, points: list[dict[str, object]]) -> str | None:
     """The stages that need a cluster; the chosen candidate's id, or None where none is feasible."""
     from ray_unlearn.pipeline import stages
 

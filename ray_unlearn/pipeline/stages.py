@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from ray_unlearn.cluster.evaluators import score_models
 from ray_unlearn.cluster.executor import Executor
@@ -48,7 +47,7 @@ def worker_spec(run: Run) -> WorkerSpec:
     )
 
 
-def search(run: Run, space: Space, points: Sequence[dict[str, Any]]) -> None:
+def search(run: Run, space: Space, points: Sequence[dict[str, object]]) -> None:
     """Trials until the budget's records are there; the study goes on from where it was."""
     job = run.job
     done = len(load_records(run.dir)[0])

@@ -206,7 +206,7 @@ def job_target(job: Job, rows: Sequence[Example], log: Log) -> tuple[str, str | 
             log(f"target: cached in {place}")
             return str(place), None, None
         log(f"target: fine-tuning {part.base} on {len(pairs)} rows")
-        options: dict[str, Any] = {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
+        options: dict[str, object] = {name: getattr(part, name) for name in ("epochs", "batch_size", "learning_rate")}
         return str(make_target(part.base, pairs, place, log, seed=job.seed, **options)), None, None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ray_unlearn.merging.methods import MERGES
 from ray_unlearn.merging.recipe import Graded, MergeRecipe
@@ -86,7 +85,7 @@ class MergeSpace:
             return list(ends[0])
         return [list(pair) for pair in zip(*ends, strict=True)]
 
-    def first_points(self) -> list[dict[str, Any]]:
+    def first_points(self) -> list[dict[str, object]]:
         """Both ends, then neighbours from an AUC of 0.5 outwards, at equal weights and ZJUKLAB's density."""
         last = len(self.aucs) - 1
         pairs = [(0, last)] + sorted(
@@ -95,8 +94,8 @@ class MergeSpace:
         )
         return [self._pair(a, b, self.methods[0], FIRST_DENSITY, 1.0) for a, b in dict.fromkeys(pairs)]
 
-    def _pair(self, a: int, b: int, method: str, density: float, weight: float) -> dict[str, Any]:
-        point: dict[str, Any] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight}
+    def _pair(self, a: int, b: int, method: str, density: float, weight: float) -> dict[str, object]:
+        point: dict[str, object] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight}
         point[_lambda(method)] = 1.0
         if method == "della":
             point["della_density"] = min(density, 0.8)
@@ -108,7 +107,7 @@ class MergeSpace:
             point["members"] = 2
         return point
 
-    def segment_point(self, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> dict[str, Any] | None:
+    def segment_point(self, known: Sequence[tuple[MergeRecipe, Scores | None]]) -> dict[str, object] | None:
         """The next point of the segment between the most over- and the most under-unlearned snapshot, given what was
         scored: its MIA AUC is bisected towards 0.5. None where 0.5 is not between them, or the bisection is done.
 

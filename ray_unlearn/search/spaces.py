@@ -44,7 +44,7 @@ class _Narrowed:
     def __init__(self, trial: Suggests, ranges: dict[str, Any]) -> None:
         self._trial, self._ranges = trial, ranges
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._trial, name)
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
@@ -55,12 +55,12 @@ class _Narrowed:
         low, high = self._ranges.get(name, (low, high))
         return int(self._trial.suggest_int(name, low, high, **options))
 
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+    def suggest_categorical(self, name: str, choices: Sequence[object]) -> object:
         return self._trial.suggest_categorical(name, list(self._ranges.get(name, choices)))
 
 
 def load_space(
-    names: Sequence[str], fixed: dict[str, Any], ranges: dict[str, Any] | None = None
+    names: Sequence[str], fixed: dict[str, object], ranges: dict[str, object] | None = None
 ) -> tuple[Space, dict[str, str]]:
     """One space made of several files, and their texts. With more than one, which it is is itself a choice.
 
@@ -84,7 +84,7 @@ def load_space(
         functions[name] = found
     choices = list(functions)
 
-    def space(trial: Suggests) -> dict[str, Any]:
+    def space(trial: Suggests) -> dict[str, object]:
         name = trial.suggest_categorical("space", choices) if len(choices) > 1 else choices[0]
         try:
             returned = functions[name](_Narrowed(trial, ranges or {}))
@@ -98,6 +98,6 @@ def load_space(
     return space, {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
-def trial_config(returned: dict[str, Any]) -> TrialConfig:
+def trial_config(returned: dict[str, object]) -> TrialConfig:
     """The TrialConfig of what a space returned; its unknown keys are refused by name."""
     return from_dict(TrialConfig, returned, "trial")

@@ -115,7 +115,7 @@ def trial_name(number: int) -> str:
 
 def check_space(
     space: Space, seed: int, points: Sequence[FirstPoint] = (), ranges: Sequence[str] = ()
-) -> tuple[list[TrialConfig], list[dict[str, Any]]]:
+) -> tuple[list[TrialConfig], list[dict[str, object]]]:
     """Samples the space without a storage and builds every TrialConfig; raises InputError for an unknown parameter
     or value, in what the space returns, in the job's first points or in its ranges.
 
@@ -191,7 +191,7 @@ def has_waiting(study: Study) -> bool:
     return bool(study.get_trials(deepcopy=False, states=[TrialState.WAITING]))
 
 
-def enqueue(study: Study, points: Sequence[dict[str, Any]], most: int | None = None) -> None:
+def enqueue(study: Study, points: Sequence[dict[str, object]], most: int | None = None) -> None:
     """Queues those first points of a study that were never queued, whatever killed an earlier start; `most` of them."""
     queued = {trial.user_attrs.get("first_point") for trial in study.get_trials(deepcopy=False)}
     for number in [number for number in range(len(points)) if number not in queued][:most]:

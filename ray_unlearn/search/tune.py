@@ -30,12 +30,12 @@ class TrialSearch(Searcher):
         self._study, self._space, self._records, self._floor = study, space, records, floor
         self._asked: dict[str, Trial] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    def suggest(self, trial_id: str) -> dict[str, object]:
         """The id and configuration of the study's next trial."""
         trial = self._asked[trial_id] = self._study.ask()
         return {"id": trial_name(trial.number), "config": to_dict(trial_config(self._space(trial)))}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         """Tells the study what the trial's record says; FAIL where there is none."""
         trial = self._asked.pop(trial_id, None)
         if trial is None:
@@ -60,7 +60,7 @@ class TrialSearch(Searcher):
 
 def _drive(assigned: dict[str, Any], handle: Handle) -> None:
     """The Tune function of one trial: runs it through the executor and relays what it reports."""
-    last: dict[str, Any] = {}
+    last: dict[str, object] = {}
     for name, content in events(handle, assigned["id"], assigned["config"]):
         if name == "snapshot":
             last = content
@@ -76,7 +76,7 @@ class Announcer(tune.Callback):
         self.log, self.advance = log, advance
 
     def on_trial_result(
-        self, iteration: int, trials: Any, trial: tune.experiment.Trial, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: object, trial: tune.experiment.Trial, result: dict[str, object], **info: object
     ) -> None:
         name = trial.config["id"]
         if "status" in result:

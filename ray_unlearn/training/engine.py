@@ -13,7 +13,7 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.protocols import CausalLM
 
 
-def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, Any]:
+def deepspeed_config(config: TrialConfig, dtype: str) -> dict[str, object]:
     """The DeepSpeed dictionary of a trial; a pure function, so that a test can see what a search changes."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # rows are dealt by the schedule; DeepSpeed only needs a number
@@ -60,7 +60,7 @@ class Engine:
         """Where the model's inputs must be."""
         return torch.device(self.engine.device)
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, **inputs: object) -> Any:
         """A training forward pass."""
         return self._forward(**inputs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from typing import Any
 
 import torch
 
@@ -21,8 +20,8 @@ class Monitor:
 
     def __init__(self, config: TrialConfig, worker: Worker, began: float) -> None:
         self.config, self.worker, self.began = config, worker, began
-        self.points: list[dict[str, Any]] = []
-        self.last: dict[str, Any] = {}
+        self.points: list[dict[str, object]] = []
+        self.last: dict[str, object] = {}
         self.ticked = time.monotonic()
         self.low_utility = 0
 
@@ -44,10 +43,10 @@ class Monitor:
         if index == 0:
             self.worker.post("started", seconds=self.elapsed())
 
-    def latest(self) -> dict[str, Any]:
+    def latest(self) -> dict[str, object]:
         return self.last
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> list[dict[str, object]]:
         """The points since the last call; time spent scoring does not count as training time."""
         points, self.points = self.points, []
         self.ticked = time.monotonic()

@@ -247,7 +247,7 @@ def _output_of(model: CausalLM, layer: str | None) -> Iterator[list[Tensor]]:
         return
     module = next(module for name, module in model.named_modules() if name == layer or name.endswith(f".{layer}"))
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
+    def keep(module: object, inputs: object, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     handle = module.register_forward_hook(keep)

@@ -89,7 +89,7 @@ def recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
-def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[dict[str, Any], list[str]]:
+def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[dict[str, object], list[str]]:
     """A recipe's configuration for a smaller model, and what was changed, a line each.
 
     Layer indices keep their relative depth, the learning rate grows with the inverse of the width
