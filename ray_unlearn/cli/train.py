@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     p.add_argument(
         "--scale-to-model",
         action="store_true",
-        help="adapt the recipe's layers, learning rate and batch to a smaller model, and say what was changed",
+        help="adapt the recipe's layers, learning rate and batch to this model and data, and say what was changed",
     )
     p.add_argument("--config", metavar="FILE", help="YAML mapping of trial settings")
     set_flag(p)

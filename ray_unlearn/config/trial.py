@@ -37,9 +37,12 @@ class TrialConfig:
     negation: float = option(1.0, above=0, search=Range(0.1, 4.0, log=True))
     """In `task_vector`: how many times what training added is subtracted."""
     schedule: str = option(
-        "paired", choices=("paired", "mixed", "sugd", "agad", "two_phase"), search=("paired", "two_phase", "sugd")
+        "paired",
+        choices=("paired", "fixed_pairs", "mixed", "sugd", "agad", "two_phase"),
+        search=("paired", "two_phase", "sugd"),
     )
-    """`paired`, `mixed`, `sugd` (chunks, cyclic retain pointer), `agad` (chunks, then annealing), or `two_phase`."""
+    """`paired`, `fixed_pairs`, `mixed`, `sugd` (chunks, cyclic retain pointer), `agad` (chunks, then annealing), or
+    `two_phase`."""
     epochs: int = option(5, at_least=1, search=Range(2, 10))
     """Passes over the forget rows; in `sugd` and `agad`, over each chunk."""
     batch_size: int = option(8, at_least=1)
@@ -49,7 +52,7 @@ class TrialConfig:
     chunk_size: int = option(32, at_least=1, search=(32, 64), searched_if=("schedule", "sugd"))
     """Forget rows in a chunk of `sugd` and `agad`."""
     anneal_every: int = option(1, at_least=1)
-    """Chunks of `agad` after which it anneals."""
+    """Whole chunks of `agad` after which it anneals."""
     anneal_fraction: float = option(0.25, above=0, at_most=1)
     """Share of the retain rows, drawn anew, that an annealing of `agad` descends on."""
     anneal_finally: bool = True
@@ -65,7 +68,8 @@ class TrialConfig:
     lr_schedule: str = option("constant", choices=("constant", "linear", "cosine"))
     """`constant`, `linear` or `cosine` decay; it starts anew with each chunk and phase."""
     warmup: float = option(0.0, at_least=0, below=1)
-    """Share of a phase's steps spent rising to the peak."""
+    """Share of a phase's steps spent rising to the peak: the first of w takes 1/w of it, where transformers takes 0
+    and is a step behind throughout."""
     weight_decay: float = option(0.0, at_least=0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float | None = option(1.0, above=0)

@@ -34,10 +34,12 @@ def ties_factors(
 ) -> Factors:
     """TIES on A and on B apart, each side with the square root of |weight * scaling|, as PEFT's `ties` does.
 
-    Signs are elected without weights and the mean divides by the number that agree, not by their
-    weights. The product has cross terms B_t A_u that belong to no member, and changes when a member's
-    factors are turned without changing its delta: it means something only for adapters that share
-    A's initialisation. Exists to reproduce ZJUKLAB (Xu et al. 2025, arXiv 2503.21088); peft
+    With one exception: of rsLoRA adapters PEFT 0.21 makes an rsLoRA adapter, whose scaling then is sqrt(r),
+    where members' scalings are in the factors already; here it is 1. Signs are elected without weights and the
+    mean divides by the number that agree, not by their weights. The product has cross terms B_t A_u that belong
+    to no member, and changes when a member's factors are turned without changing its delta: it means something
+    only for adapters that share A's initialisation. Exists to reproduce ZJUKLAB (Xu et al. 2025, arXiv
+    2503.21088); peft
     `add_weighted_adapter(combination_type="ties")`. Raises InputError for unlike ranks.
     """
     ranks = [len(factor.a) for factor in factors]

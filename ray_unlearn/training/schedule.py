@@ -91,6 +91,20 @@ def _paired(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phas
     return [_Phase("forget", config.learning_rate, epochs)]
 
 
+def _fixed_pairs(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phase]:
+    """Shuffled passes over the forget rows, row i always with the same retain rows, the i-th n of them taken
+    cyclically (ZJUKLAB: i with i mod their number); with more retain rows than that some are never seen."""
+    rng, n = random.Random(config.seed), config.retain_per_forget
+    epochs = [
+        [
+            (group, [(i * n + k) % num_retain for i in group for k in range(n)])
+            for group in _groups(rng.sample(range(num_forget), num_forget), config.batch_size)
+        ]
+        for _ in range(config.epochs)
+    ]
+    return [_Phase("forget", config.learning_rate, epochs)]
+
+
 def _mixed(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phase]:
     """Shuffled passes over all rows of both sets; what falls into a batch is left to chance (Atyaephyra)."""
     rng = random.Random(config.seed)
@@ -137,10 +151,10 @@ def _sugd(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phase]
 
 
 def _agad(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phase]:
-    """AILS-NTUA's alternation: consecutive chunks on the forget loss alone, after every few of them an annealing
-    on a fresh share of the retain rows, in the end one on all of them."""
+    """AILS-NTUA's alternation: consecutive chunks on the forget loss alone, after every few whole ones of them an
+    annealing on a fresh share of the retain rows, in the end one on all of them."""
     rng = random.Random(config.seed)
-    share = max(1, round(config.anneal_fraction * num_retain))
+    share = max(1, int(config.anneal_fraction * num_retain))
     phases: list[_Phase] = []
     for number, chunk in enumerate(_groups(list(range(num_forget)), config.chunk_size), start=1):
         epochs: list[Batches] = [
@@ -148,13 +162,14 @@ def _agad(config: TrialConfig, num_forget: int, num_retain: int) -> list[_Phase]
             for _ in range(config.epochs)
         ]
         phases.append(_Phase("forget", config.learning_rate, epochs))
-        if number % config.anneal_every == 0:
+        if number % config.anneal_every == 0 and len(chunk) == config.chunk_size:
             phases += _repair(config, rng.sample(range(num_retain), share), rng)
     return phases + (_repair(config, list(range(num_retain)), rng) if config.anneal_finally else [])
 
 
 SCHEDULES: dict[str, Callable[[TrialConfig, int, int], list[_Phase]]] = {
     "paired": _paired,
+    "fixed_pairs": _fixed_pairs,
     "mixed": _mixed,
     "sugd": _sugd,
     "agad": _agad,

@@ -71,6 +71,35 @@ def test_paired_visits_every_forget_row_once_per_epoch_and_retain_rows_evenly(se
     assert [step.fresh_optimizer for step in steps] == [True] + [False] * (len(steps) - 1)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fixed_pairs_are_the_same_in_every_epoch_and_visit_forget_rows_as_paired_does(seed):
+    config, forget, retain = random_case(seed, schedule="fixed_pairs")
+    steps, n = training_steps(config, forget, retain), config.retain_per_forget
+    for step in steps:
+        assert list(step.retain) == [(row * n + k) % retain for row in step.forget for k in range(n)]
+    order = visits(steps, "forget")
+    for epoch in range(config.epochs):
+        assert sorted(order[epoch * forget : (epoch + 1) * forget]) == list(range(forget))
+
+
+def test_fixed_pairs_with_one_retain_row_each_are_the_published_pairs():
+    steps = training_steps(TrialConfig(schedule="fixed_pairs", batch_size=1, epochs=2), 5, 3)
+    assert {(step.forget, step.retain) for step in steps} == {((i,), (i % 3,)) for i in range(5)}
+
+
+def test_agad_is_the_published_loop_with_a_rest():
+    """7 rows in chunks of 3: forget, anneal, forget, anneal, forget the rest, anneal finally; int() of 0.25 * 14."""
+    config = TrialConfig(
+        method="grad_ascent", schedule="agad", chunk_size=3, epochs=1, repair_epochs=1, anneal_fraction=0.25
+    )
+    phases = []
+    for step in training_steps(config, 7, 14):
+        if step.fresh_optimizer:
+            phases.append([step.phase, 0])
+        phases[-1][1] += len(step.forget) + len(step.retain)
+    assert phases == [["forget", 3], ["repair", 3], ["forget", 3], ["repair", 3], ["forget", 1], ["repair", 14]]
+
+
 def test_another_seed_gives_another_order_and_epochs_differ():
     made = [training_steps(TrialConfig(seed=seed, epochs=2), 40, 40) for seed in (0, 1)]
     assert visits(made[0], "forget") != visits(made[1], "forget")
@@ -156,8 +185,8 @@ def test_agad_anneals_after_every_few_chunks_and_at_the_end_on_all(seed, finally
     expected = []
     for number, chunk in enumerate(chunks, start=1):
         expected.append(("forget", len(chunk) * config.epochs))
-        if number % every == 0:
-            expected.append(("repair", max(1, round(0.5 * retain)) * config.repair_epochs))
+        if number % every == 0 and len(chunk) == config.chunk_size:
+            expected.append(("repair", max(1, int(0.5 * retain)) * config.repair_epochs))
     expected += [("repair", retain * config.repair_epochs)] * finally_
     found = [(phase, sum(len(step.forget) + len(step.retain) for step in steps)) for phase, steps in phases]
     assert found == expected

@@ -90,13 +90,15 @@ def recipe(name: str) -> Recipe:
 
 
 def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[dict[str, object], list[str]]:
-    """A recipe's configuration for a smaller model, and what was changed, a line each.
+    """A recipe's configuration for a smaller or larger model and data set, and what was changed, a line each.
 
-    Layer indices keep their relative depth, the learning rate grows with the inverse of the width
-    (muP's rule for Adam: Yang et al. 2022, arXiv 2203.03466), and the batch shrinks with the forget
-    set, so that an epoch keeps about its number of steps, but not below SMALLEST_BATCH.
+    Layer indices keep their relative depth. The learning rate goes with the inverse of the width (muP's rule for
+    Adam: Yang et al. 2022, arXiv 2203.03466); that of adapters with the inverse of its root, since the products of
+    A's and B's updates then keep their size (A random, B zero: Hayou et al. 2024, arXiv 2406.08447). The batch goes
+    with the number of forget rows, so that an epoch keeps about its number of steps, but is not below
+    SMALLEST_BATCH; micro-batches keep their number of rows, and chunks their number of steps.
     """
-    new = dict(config)
+    new: dict[str, Any] = dict(config)
 
     def layer(index: int) -> int:
         return round(index * (target.layers - 1) / (source.layers - 1))
@@ -107,12 +109,13 @@ def scaled(config: dict[str, Any], source: Geometry, target: Geometry) -> tuple[
         new["rmu_layer"] = layer(config["rmu_layer"])
     if config.get("last_layers"):
         new["last_layers"] = max(1, round(config["last_layers"] * target.layers / source.layers))
-    if target.hidden < source.hidden:
-        new["learning_rate"] = float(f"{config['learning_rate'] * source.hidden / target.hidden:.3g}")
-    if target.rows < source.rows:
-        smallest = min(SMALLEST_BATCH, config["batch_size"])
-        new["batch_size"] = max(smallest, round(config["batch_size"] * target.rows / source.rows))
-        if "micro_batches" in config:
-            new["micro_batches"] = min(config["micro_batches"], new["batch_size"])
+    power = 1.0 if config.get("tuning") == "full" else 0.5
+    rate = config["learning_rate"] * (source.hidden / target.hidden) ** power
+    new["learning_rate"] = float(f"{rate:.3g}") if target.hidden != source.hidden else config["learning_rate"]
+    size = config["batch_size"]
+    new["batch_size"] = max(min(SMALLEST_BATCH, size), round(size * target.rows / source.rows))
+    for key in ("micro_batches", "chunk_size"):
+        if key in config:
+            new[key] = max(1, round(config[key] * new["batch_size"] / size))
     changed = [f"{key}: {config[key]} -> {new[key]}" for key in new if new[key] != config[key]]
     return new, changed
