@@ -115,10 +115,13 @@ def empty_model(path: str) -> CausalLM:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = Path(path)
-    if place.suffix == ".gguf":
-        config = AutoConfig.from_pretrained(str(place.parent), gguf_file=place.name)
-    else:
-        config = AutoConfig.from_pretrained(path)
+    try:
+        if place.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(str(place.parent), gguf_file=place.name)
+        else:
+            config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the configuration of {path} cannot be loaded: {error}") from error
     with torch.device("meta"):
         return cast(CausalLM, AutoModelForCausalLM.from_config(config))
 

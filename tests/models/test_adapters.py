@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ray_unlearn.api.merging import merge
 from ray_unlearn.cli import main
 from ray_unlearn.errors import InputError
-from ray_unlearn.models.loading import load_model
+from ray_unlearn.models.loading import check_adapter, load_model
 
 Q, DOWN = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.mlp.down_proj"
 
@@ -216,6 +216,11 @@ def test_a_tensor_that_peft_has_no_place_for_is_refused(base, adapter):
     tensors(lambda state: state | {"base_model.model.model.extra.lora_magnitude_vector": torch.ones(2)})(adapter)
     with pytest.raises(InputError, match=r"PEFT has no place .*extra.lora_magnitude_vector"):
         load_model(base, adapter=str(adapter))
+
+
+def test_a_base_whose_shapes_cannot_be_known_is_refused(adapter):
+    with pytest.raises(InputError, match="the configuration of nobody/such-a-model cannot be loaded"):
+        check_adapter(str(adapter), "nobody/such-a-model")
 
 
 def test_the_commands_end_with_2_and_the_reason(base, adapter, tmp_path, capsys):
