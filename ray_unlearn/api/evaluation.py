@@ -14,11 +14,11 @@ from ray_unlearn.cluster.evaluators import workers as workers_of
 from ray_unlearn.data.questions import load_mmlu
 from ray_unlearn.data.rows import check_cells, load_membership, load_pair
 from ray_unlearn.errors import InputError
+from ray_unlearn.evaluation.checks import OFFICIAL, check_fit, check_shots, check_terms
 from ray_unlearn.evaluation.evaluator import Evaluated, Evaluation, device
 from ray_unlearn.evaluation.metric_suite import check_inputs, more_metrics, of_scores
 from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, read_losses, read_predictions
 from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
-from ray_unlearn.evaluation.semeval import OFFICIAL, check_shots, check_terms
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_files, write_json, write_text
 from ray_unlearn.models.loading import check_adapter, check_model, load_tokenizer
@@ -62,11 +62,11 @@ def evaluate(
     computed again.
 
     `official` is the shared task's procedure: its twelve terms, raw prompts, greedy decoding of 256
-    tokens, no cut but the context's end, 5-shot letters on MMLU, bfloat16 (float32 where there is no
-    GPU). Left out are its accidents: results read back from CSV, where an empty generation and the
-    texts NA and None become `nan`; rows that several processes score twice to fill their shares; and
-    pandas' reading of MMLU, which writes a column of numbers anew (2 as 2.0). Its loss of input and
-    output joined without a space enters no score and is not computed.
+    tokens, no cut but the context's end, 5-shot letters on MMLU in pandas' reading of its files (option
+    None as nan), bfloat16 (float32 where there is no GPU). Left out are its accidents: results read back
+    from CSV, where an empty generation and the texts NA and None become `nan`; and rows that several
+    processes score twice to fill their shares. Its loss of input and output joined without a space
+    enters no score and is not computed.
     """
     load_plugins(plugins)
     if (mia_member is None) != (mia_nonmember is None):
@@ -94,6 +94,9 @@ def evaluate(
     if official:
         check_terms({f"{e.task}/{e.kind}" for e in data.forget})
         check_shots(data, chosen.mmlu_shots)
+    for path in (model, reference):
+        if path is not None:
+            check_fit(path, data, chosen)  # what it has to say, the workers say
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
     pool = WorkerPool(count=workers, gpus_each=gpus_per_worker, address=address)
     with workers_of(pool, log) as who:

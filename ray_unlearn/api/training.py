@@ -82,6 +82,7 @@ def train(
     from ray_unlearn.cluster.session import cluster
     from ray_unlearn.config.job import ResourcesPart
     from ray_unlearn.config.recipes import Geometry
+    from ray_unlearn.evaluation.checks import check_fit
     from ray_unlearn.models.loading import empty_model
     from ray_unlearn.pipeline.lock import owned
     from ray_unlearn.training.dataloader import check_rows
@@ -96,6 +97,8 @@ def train(
     check_trainable(shapes, trial)
     check_rows(trial, data.forget)
     settings = EvalSettings(**(evaluation or {}))
+    for line in check_fit(model, data, settings):
+        log(line)
     resources = ResourcesPart(workers=workers, gpus_per_worker=gpus_per_worker, executor="cold", dashboard=False)
     run_dir = Path(out).expanduser().resolve()
     claim_file(run_dir / "records" / "trial")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_unlearn.data.rows import _read_text
 from ray_unlearn.errors import InputError
+
+LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Question:
     question: str
     options: tuple[str, str, str, str]
     answer: int
+    place: str = ""
+    """Its file and row, for messages."""
+    printed: tuple[str, ...] = ()
+    """Question and options as the official prompts print them, where that is not what the file says: those are made of
+    pandas' reading, in which None and NA are `nan`, and a column of numbers may get decimal points."""
 
 
 def load_mmlu(directory: str | Path) -> tuple[dict[str, list[Question]], list[Question]]:
@@ -45,10 +52,36 @@ def load_mmlu(directory: str | Path) -> tuple[dict[str, list[Question]], list[Qu
 
 
 def _read_questions(path: Path, subject: str) -> list[Question]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # line ends within a field stay as they are
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 6 or row[5].strip() not in tuple(LETTERS):
+            raise InputError(f"{path}:{number}: expected question, A, B, C, D, letter; got {row!r:.120}.")
     questions = []
-    with io.StringIO(_read_text(path), newline="") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            if len(row) != 6 or row[5].strip() not in ("A", "B", "C", "D"):
-                raise InputError(f"{path}:{number}: expected question, A, B, C, D, letter; got {row!r:.120}.")
-            questions.append(Question(subject, row[0], (row[1], row[2], row[3], row[4]), "ABCD".index(row[5].strip())))
+    for number, (row, printed) in enumerate(zip(rows, _as_pandas_reads(path, rows), strict=True), start=1):
+        question, a, b, c, d, letter = row
+        place = f"{path.name}, row {number}"
+        other = () if list(printed) == row[:5] else printed
+        questions.append(Question(subject, question, (a, b, c, d), LETTERS.index(letter.strip()), place, other))
     return questions
+
+
+def _as_pandas_reads(path: Path, rows: list[list[str]]) -> list[tuple[str, ...]]:
+    """Questions and options as `pandas.read_csv(path, header=None)` has them, each as text."""
+    import pandas
+
+    if not rows:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pandas.errors.DtypeWarning)  # of mixed columns, which are read as they are
+        frame = pandas.read_csv(path, header=None)
+    if len(frame) != len(rows):
+        raise InputError(
+            f"{path} has {len(rows)} rows as CSV says, and {len(frame)} as pandas does, which the official prompts are "
+            "made with; put double quotes around fields that hold quotes, commas or line ends."
+        )
+    columns = [[format(value) for value in frame[column]] for column in range(5)]
+    return list(zip(*columns, strict=True))

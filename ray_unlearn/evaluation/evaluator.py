@@ -10,12 +10,13 @@ from typing import Protocol, TypeVar
 
 from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.evaluation.cache import FinishedUnits, evaluation_digest
-from ray_unlearn.evaluation.generation import check_prompts
+from ray_unlearn.evaluation.checks import check_prompts
 from ray_unlearn.evaluation.scoring import ModelOutputs, describe
 from ray_unlearn.evaluation.signals import RowWork
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import WorkUnit, compute, split_work
 from ray_unlearn.files import weights_digest
+from ray_unlearn.models.forward import context_of
 from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.protocols import Log
 from ray_unlearn.records import Scores
@@ -48,7 +49,7 @@ class Scorer:
         self.model = load_model(e.model, e.dtype, e.adapter).to(device)
         self.tokenizer = load_tokenizer(e.model)
         rows = [*e.data.forget, *e.data.retain]
-        for line in check_prompts(self.model, self.tokenizer, rows, e.settings.max_new_tokens):
+        for line in check_prompts(context_of(self.model), self.tokenizer, rows, e.settings.max_new_tokens):
             log(line)
 
     def compute(self, unit: WorkUnit) -> list[object]:

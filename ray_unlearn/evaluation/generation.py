@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ray_unlearn.data.tokens import encode
-from ray_unlearn.errors import InputError
 from ray_unlearn.metrics.generation import rouge_l_recall
 from ray_unlearn.models.decoding import greedy
-from ray_unlearn.models.forward import context_of
 from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Example
 
@@ -88,25 +86,3 @@ def _letters(text: str) -> str:
     Spaces go, since clean_up may still remove them; casefold makes a final sigma a sigma.
     """
     return "".join(text.lower().casefold().split())
-
-
-def check_prompts(model: CausalLM, tokenizer: Tokenizer, rows: Sequence[Example], max_new_tokens: int) -> list[str]:
-    """Refuses prompts that fill the model's context; returns a line for each row whose generation it will cut.
-
-    The organisers set no limit, and would let the model run past its context.
-    """
-    context = context_of(model)
-    if context is None or not rows:
-        return []
-    lengths = [len(ids) for ids in tokenizer([row.input for row in rows])["input_ids"]]
-    for row, length in zip(rows, lengths, strict=True):
-        if length >= context:
-            raise InputError(
-                f"row {row.id!r}: its prompt has {length} tokens, and the model's context is {context}: no room to "
-                "answer. Drop the row, or use a model with a longer context."
-            )
-    return [
-        f"row {row.id!r}: its prompt has {length} tokens; its generation ends with the context after {context - length}"
-        for row, length in zip(rows, lengths, strict=True)
-        if length + max_new_tokens > context
-    ]

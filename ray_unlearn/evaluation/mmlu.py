@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ray_unlearn.data.questions import Question
-from ray_unlearn.data.tokens import encode
-from ray_unlearn.errors import InputError
+from ray_unlearn.data.questions import LETTERS, Question
+from ray_unlearn.data.tokens import Encoded, encode
+from ray_unlearn.errors import InputError, problem_list
 from ray_unlearn.models.forward import (
     MAX_LOGITS,
     MAX_TOKENS,
@@ -34,10 +34,11 @@ MAX_CACHED = 4 * MAX_TOKENS
 def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokenizer: Tokenizer, limit: int) -> str:
     """Open-Instruct's MMLU prompt: header, solved examples, the question; shots are dropped beyond `limit` tokens.
 
-    The header's two spaces before the subject are Open-Instruct's (format_subject).
+    The header's two spaces before the subject are Open-Instruct's (format_subject), and so are questions and options
+    as pandas reads them (Question.printed).
     """
     header = f"The following are multiple choice questions (with answers) about  {question.subject.replace('_', ' ')}."
-    solved = [_block(shot) + f" {'ABCD'[shot.answer]}\n\n" for shot in dev[:shots]]
+    solved = [_block(shot) + f" {LETTERS[shot.answer]}\n\n" for shot in dev[:shots]]
     while True:
         prompt = f"{header}\n\n" + "".join(solved) + _block(question)
         if not solved or len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) <= limit:
@@ -46,8 +47,9 @@ def mmlu_prompt(question: Question, dev: Sequence[Question], shots: int, tokeniz
 
 
 def _block(question: Question) -> str:
-    options = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True))
-    return f"{question.question}{options}\nAnswer:"
+    text, *four = question.printed or (question.question, *question.options)
+    options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, four, strict=True))
+    return f"{text}{options}\nAnswer:"
 
 
 def letter_choices(
@@ -76,17 +78,12 @@ def letter_logits(
     The questions of a subject share the tokens of their header and examples, which are computed
     once. Raises InputError for letters that are one token, and for NaN logits.
     """
-    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
-    if len(set(letters)) < 4:
-        raise InputError(
-            f"the tokenizer does not tell the letters A to D apart: their last ids are {letters}. "
-            "Score the option texts instead (mmlu.mode: cloze)."
-        )
+    letters = _letter_ids(tokenizer)
     context = context_of(model)
     limit = PROMPT_LIMIT if context is None else min(PROMPT_LIMIT, context - 1)
     texts = [mmlu_prompt(q, dev.get(q.subject, []), shots, tokenizer, limit) for q in questions]
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-    _check_context([len(prompt) for prompt in prompts], context)
+    _refuse(_too_long(questions, [len(prompt) for prompt in prompts], context))
     found: list[list[float]] = [[]] * len(prompts)
     shared = [text.removesuffix(_block(question)) for text, question in zip(texts, questions, strict=True)]
     for prefix, group in _by_prefix(model, shared, prompts):
@@ -166,11 +163,8 @@ def cloze_losses(
     """
     from ray_unlearn.models.cached_passes import reads_after_gaps
 
-    rows = [encode(tokenizer, question.question, option) for question in questions for option in question.options]
-    _check_context([max(len(row.ids) for row in rows[i : i + 4]) for i in range(0, len(rows), 4)], context_of(model))
-    for number, row in enumerate(rows):
-        if len(row.ids) == row.prompt:
-            raise InputError(f"option {'ABCD'[number % 4]} of MMLU question {number // 4 + 1} has no token to score.")
+    rows = _cloze_rows(tokenizer, questions)
+    _refuse(_cloze_problems(questions, rows, context_of(model)))
     pad = tokenizer.pad_token_id
     prompts = [rows[4 * i].ids[: rows[4 * i].prompt] for i in range(len(questions))]
     answers = [row.ids[row.prompt :] for row in rows]
@@ -216,13 +210,57 @@ def _answer_losses(
     return (totals / counts).view(-1, 4).tolist()
 
 
-def _check_context(lengths: Sequence[int], context: int | None) -> None:
-    for number, length in enumerate(lengths, start=1):
-        if context is not None and length > context:
-            raise InputError(
-                f"MMLU question {number} alone has {length} tokens, and the model's context is {context}. "
-                "Drop it, or use a model with a longer context."
-            )
+def check_questions(context: int | None, tokenizer: Tokenizer, questions: Sequence[Question], mode: str) -> None:
+    """Refuses, all of them listed, questions that cannot be asked: longer alone than the context, or in cloze with an
+    option of no token; and a tokenizer for which the letters are one."""
+    if mode == "cloze":
+        _refuse(_cloze_problems(questions, _cloze_rows(tokenizer, questions), context))
+        return
+    _letter_ids(tokenizer)
+    bare = [mmlu_prompt(question, [], 0, tokenizer, 0) for question in questions]
+    _refuse(_too_long(questions, [len(ids) for ids in tokenizer(bare)["input_ids"]] if bare else [], context))
+
+
+def _letter_ids(tokenizer: Tokenizer) -> list[int]:
+    letters: list[int] = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
+    if len(set(letters)) < 4:
+        raise InputError(
+            f"the tokenizer does not tell the letters A to D apart: their last ids are {letters}. "
+            "Score the option texts instead (mmlu.mode: cloze)."
+        )
+    return letters
+
+
+def _cloze_rows(tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Encoded]:
+    """Each question with each of its four options."""
+    return [encode(tokenizer, question.question, option) for question in questions for option in question.options]
+
+
+def _cloze_problems(questions: Sequence[Question], rows: Sequence[Encoded], context: int | None) -> list[str]:
+    longest = [max(len(row.ids) for row in rows[i : i + 4]) for i in range(0, len(rows), 4)]
+    empty = [number for number, row in enumerate(rows) if len(row.ids) == row.prompt]
+    return _too_long(questions, longest, context) + [
+        f"{_name(questions[number // 4], number // 4)}: option {LETTERS[number % 4]} has no token to score"
+        for number in empty
+    ]
+
+
+def _too_long(questions: Sequence[Question], lengths: Sequence[int], context: int | None) -> list[str]:
+    return [
+        f"{_name(question, number)}: {length} tokens without any example, and the model's context is {context}"
+        for number, (question, length) in enumerate(zip(questions, lengths, strict=True))
+        if context is not None and length > context
+    ]
+
+
+def _name(question: Question, number: int) -> str:
+    return f"{question.subject} ({question.place or f'question {number + 1}'})"
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        what = f"MMLU question{'s' * (len(problems) > 1)} cannot be asked"
+        raise InputError(problem_list(what, problems, "Remove the rows from the files, or use another model."))
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_unlearn import metrics
-from ray_unlearn.evaluation import generation
+from ray_unlearn.evaluation.checks import check_prompts
 from ray_unlearn.evaluation.metric_suite import more_metrics
 from ray_unlearn.evaluation.signals import ModelHere
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.evaluation.work_units import ALONE, Shard, WorkUnit, compute, split_work
 from ray_unlearn.metrics import METRICS
 from ray_unlearn.metrics.summaries import Part
+from ray_unlearn.models.forward import context_of
 from ray_unlearn.protocols import CausalLM, Tokenizer
 from ray_unlearn.records import Scores
 
@@ -124,7 +125,8 @@ def _measure(
     log: Log,
     exact_texts: bool,
 ) -> ModelOutputs:
-    for line in generation.check_prompts(model, tokenizer, [*data.forget, *data.retain], settings.max_new_tokens):
+    rows = [*data.forget, *data.retain]
+    for line in check_prompts(context_of(model), tokenizer, rows, settings.max_new_tokens):
         log(line)
     units = split_work(data, settings)
     log(f"evaluating {describe(data)}")

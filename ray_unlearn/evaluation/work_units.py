@@ -12,7 +12,7 @@ from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.evaluation import generation, mmlu
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.models import likelihood
-from ray_unlearn.models.forward import scoring_mode
+from ray_unlearn.models.forward import context_of, scoring_mode
 from ray_unlearn.protocols import CausalLM, Tokenizer
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def document_losses(
 ) -> list[float]:
     """Mean next-token cross-entropy over each whole document, the MIA's signal; as finite numbers or InputError."""
     rows = [Encoded(tuple(tokenizer(text)["input_ids"]), 1) for text in documents]
-    likelihood.check_documents(rows, model)
+    likelihood.check_documents(rows, context_of(model))
     losses = likelihood.row_losses(model, tokenizer.pad_token_id, rows, settings.batch_size, "document")
     likelihood.check_losses(losses)
     return losses

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError
-from ray_unlearn.protocols import CausalLM
+from ray_unlearn.protocols import CausalLM, ModelConfig
 
 MAX_TOKENS = 4096
 """Tokens in one forward pass, padding included."""
@@ -124,7 +124,12 @@ def vocabulary_of(model: CausalLM) -> int:
 
 def context_of(model: CausalLM) -> int | None:
     """Positions that the model was made for, or None where its configuration names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_limit(model.config)
+
+
+def context_limit(config: ModelConfig) -> int | None:
+    """The same of a configuration."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit and limit > 0 else None  # XLNet says -1
 
 

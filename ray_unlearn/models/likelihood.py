@@ -15,7 +15,6 @@ from ray_unlearn.models.forward import (
     MAX_TOKENS,
     at_least_float32,
     batches,
-    context_of,
     device_of,
     picked_logits,
     rope_switch,
@@ -73,9 +72,8 @@ def _sums(model: CausalLM, batch: Batch, mask: Tensor, width: int) -> tuple[Tens
     return totals, mask.sum(1)
 
 
-def check_documents(documents: Sequence[Encoded], model: CausalLM) -> None:
+def check_documents(documents: Sequence[Encoded], context: int | None) -> None:
     """Refuses documents without a loss, and those longer than the model's context."""
-    context = context_of(model)
     for number, row in enumerate(documents, start=1):
         if len(row.ids) < 2:
             raise InputError(f"an MIA document needs at least two tokens to have a loss; document {number} has fewer.")

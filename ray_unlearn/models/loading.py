@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray_unlearn.errors import InputError, problem_list
 from ray_unlearn.files import publish, room_for
-from ray_unlearn.protocols import CausalLM, Tokenizer
+from ray_unlearn.protocols import CausalLM, ModelConfig, Tokenizer
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -72,6 +72,8 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from ray_unlearn.models.forward import check_causal
+
     quiet()
     check_model(path)
     place = Path(path)
@@ -89,6 +91,7 @@ def load_model(path: str, dtype: str = "float32", adapter: str | None = None) ->
         raise InputError(f"the model {path} cannot be loaded: {type(error).__name__}: {error}") from error
     model, found = cast("tuple[CausalLM, dict[str, set[Any]]]", loaded)
     _check_weights(path, model, found)
+    check_causal(model)
     if adapter is not None:
         model = _with_adapter(model, path, adapter)
     return model.eval()
@@ -109,21 +112,26 @@ def _check_weights(path: str, model: CausalLM, found: Mapping[str, set[Any]]) ->
             raise InputError(f"the model {path} has NaN or infinity in {name}: it has diverged, and cannot be used.")
 
 
+def load_config(path: str) -> ModelConfig:
+    """The configuration of the model at `path`."""
+    from transformers import AutoConfig
+
+    place = Path(path)
+    options = {"gguf_file": place.name} if place.suffix == ".gguf" else {}
+    name = str(place.parent) if options else path
+    try:
+        return cast(ModelConfig, AutoConfig.from_pretrained(name, **options))
+    except Exception as error:  # broken files raise many kinds
+        raise InputError(f"the configuration of {path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def empty_model(path: str) -> CausalLM:
     """The model's shapes without its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    place = Path(path)
-    try:
-        if place.suffix == ".gguf":
-            config = AutoConfig.from_pretrained(str(place.parent), gguf_file=place.name)
-        else:
-            config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the configuration of {path} cannot be loaded: {error}") from error
     with torch.device("meta"):
-        return cast(CausalLM, AutoModelForCausalLM.from_config(config))
+        return cast(CausalLM, AutoModelForCausalLM.from_config(load_config(path)))
 
 
 def _with_adapter(model: CausalLM, path: str, adapter: str) -> CausalLM:

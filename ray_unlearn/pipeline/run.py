@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray_unlearn.cluster.session import check_storage, cluster
 from ray_unlearn.config.job import Job, load_job
+from ray_unlearn.evaluation.checks import check_fit
 from ray_unlearn.files import room_for
 from ray_unlearn.models.loading import check_model
 from ray_unlearn.pipeline.directory import (
@@ -127,11 +128,23 @@ def _inputs_and_target(job: Job, out: Path, progress: Progress) -> tuple[Inputs,
             check_model(model)
     # A user's own files are checked before anything is trained; the benchmark's do not exist before it is built.
     inputs = None if job.target.benchmark else load_inputs(job)
+    given = job.model.path or job.target.base
+    if inputs is not None and given is not None:
+        _check_fit(given, inputs, job, progress)
     with stage(out, "target"):
         rows = [] if inputs is None else [*inputs.forget, *inputs.retain]
         model_path, reference_path, benchmark = job_target(job, rows, progress.line)
-        inputs = inputs or load_inputs(job, benchmark)
+        if inputs is None:
+            inputs = load_inputs(job, benchmark)
+            _check_fit(model_path, inputs, job, progress)
     return inputs, model_path, reference_path
+
+
+def _check_fit(model: str, inputs: Inputs, job: Job, progress: Progress) -> None:
+    """Refuses data that the model has no room for; says which generations it will cut."""
+    nonmembers = [*inputs.search_set.nonmembers, *inputs.final_set.nonmembers]
+    for line in check_fit(model, replace(inputs.search_set, nonmembers=nonmembers), job.eval_settings):
+        progress.line(line)
 
 
 def _stages(state: Run, space: Space, points: list[dict[str, object]]) -> str | None:
