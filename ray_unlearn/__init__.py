@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from ray_unlearn.errors import InputError
 
 if TYPE_CHECKING:
-    from ray_unlearn.api.evaluation import evaluate, score
+    from ray_unlearn.api.evaluation import Outputs, evaluate, score
     from ray_unlearn.api.merging import merge
     from ray_unlearn.api.training import train
+    from ray_unlearn.cluster.evaluators import WorkerPool
     from ray_unlearn.config.job import Job
     from ray_unlearn.config.trial import TrialConfig
     from ray_unlearn.merging.recipe import MergeRecipe
@@ -28,10 +29,12 @@ __all__ = [
     "InputError",
     "Job",
     "MergeRecipe",
+    "Outputs",
     "RunResult",
     "Scores",
     "TrialConfig",
     "TrialRecord",
+    "WorkerPool",
     "evaluate",
     "merge",
     "run",
@@ -42,10 +45,12 @@ __all__ = [
 _HOMES = {
     "Job": "ray_unlearn.config.job",
     "MergeRecipe": "ray_unlearn.merging.recipe",
+    "Outputs": "ray_unlearn.api.evaluation",
     "RunResult": "ray_unlearn.pipeline.run",
     "Scores": "ray_unlearn.records",
     "TrialConfig": "ray_unlearn.config.trial",
     "TrialRecord": "ray_unlearn.records",
+    "WorkerPool": "ray_unlearn.cluster.evaluators",
     "evaluate": "ray_unlearn.api.evaluation",
     "merge": "ray_unlearn.api.merging",
     "run": "ray_unlearn.pipeline.run",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ray_unlearn.cluster.evaluators import WorkerPool
 from ray_unlearn.cluster.evaluators import workers as workers_of
@@ -21,9 +20,41 @@ from ray_unlearn.evaluation.predictions import check_complete, prediction_rows, 
 from ray_unlearn.evaluation.scoring import ModelOutputs, make_scores
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
 from ray_unlearn.files import claim_files, write_json, write_text
+from ray_unlearn.metrics.summaries import Part
 from ray_unlearn.models.loading import check_adapter, check_model, load_tokenizer
 from ray_unlearn.plugins import load_plugins
+from ray_unlearn.protocols import Log
 from ray_unlearn.records import Example, Scores
+from ray_unlearn.schema import from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The files of an evaluation, those that are asked for."""
+
+    scores: str | Path | None = None
+    """scores.json."""
+    predictions: str | Path | None = None
+    """Each row's generation, as `score` reads it."""
+    losses: str | Path | None = None
+    """Each MIA document's loss, as `score` reads it for its `mia`."""
+    cache: str | Path | None = None
+    """Folder of finished parts, by a digest of weights, data and settings: they are not computed again."""
+
+    def claim(self, inputs: Sequence[str | None]) -> None:
+        """Refuses files that cannot be written, or that the inputs are in, before any work."""
+        claim_files({"--out": self.scores, "--predictions": self.predictions, "--losses": self.losses}, inputs)
+
+    def write(self, data: EvalSet, outputs: ModelOutputs, scores: Scores) -> None:
+        """All but the cache."""
+        if self.predictions is not None:
+            rows = prediction_rows(data, outputs.texts)
+            write_text(Path(self.predictions), "".join(json.dumps(row) + "\n" for row in rows))
+        if self.losses is not None:
+            count = len(data.members)
+            write_json(Path(self.losses), {"member": outputs.losses[:count], "nonmember": outputs.losses[count:]})
+        if self.scores is not None:
+            write_json(Path(self.scores), scores.to_json())
 
 
 def evaluate(
@@ -35,31 +66,27 @@ def evaluate(
     mia_member: str | None = None,
     mia_nonmember: str | None = None,
     mmlu: str | None = None,
+    skip_bad_rows: bool = False,
     official: bool = False,
     dtype: str = "float32",
-    skip_bad_rows: bool = False,
-    out: str | Path | None = None,
-    predictions: str | Path | None = None,
-    losses: str | Path | None = None,
-    cache: str | Path | None = None,
-    workers: int = 1,
-    gpus_per_worker: float = 0,
-    address: str | None = None,
     metrics: Sequence[str] = (),
     plugins: Sequence[str] = (),
     reference: str | None = None,
-    log: Callable[[str], None] = lambda line: None,
-    **settings: Any,
+    out: str | Path | Outputs | None = None,
+    workers: int | WorkerPool = 1,
+    log: Log = lambda line: None,
+    **settings: object,
 ) -> Scores:
-    """Scores one model; `settings` are EvalSettings. Writes scores.json to `out`, and what `score` reads, where given.
+    """Scores one model; `settings` are EvalSettings: max_new_tokens, batch_size, mmlu_mode, mmlu_shots.
+
+    `out` is where scores.json goes, or an Outputs that names further files and a cache.
 
     `metrics` are further ones by name: of METRICS, to which `plugins` may add (see ray_unlearn.plugins). `reference` is
     a model trained without the forget set, which some of them need and all are then compared with; given alone, it is
     for the score differences.
 
-    With one worker it runs in this process, with more on as many Ray actors; the scores are the
-    same. Finished parts are kept under `cache`, by a digest of weights, data and settings, and not
-    computed again.
+    With one worker it runs in this process, with more on as many Ray actors (a WorkerPool says on what GPUs and which
+    cluster); the scores are the same.
 
     `official` is the shared task's procedure: its twelve terms, raw prompts, greedy decoding of 256
     tokens, no cut but the context's end, 5-shot letters on MMLU in pandas' reading of its files (option
@@ -69,21 +96,17 @@ def evaluate(
     enters no score and is not computed.
     """
     load_plugins(plugins)
+    files = out if isinstance(out, Outputs) else Outputs(scores=out)
+    pool = workers if isinstance(workers, WorkerPool) else WorkerPool(count=workers)
+    chosen = from_dict(EvalSettings, settings | (OFFICIAL if official else {}), "settings")
+    if official:
+        on_gpu = pool.gpus_each > 0 if pool.count > 1 else device() == "cuda"
+        dtype = "bfloat16" if on_gpu else "float32"
     if (mia_member is None) != (mia_nonmember is None):
         raise InputError("the MIA needs both --mia-member and --mia-nonmember.")
-    if losses is not None and mia_member is None:
+    if files.losses is not None and mia_member is None:
         raise InputError("--losses are those of the MIA's documents: give --mia-member and --mia-nonmember.")
-    if workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}.")
-    claim_files(
-        {"--out": out, "--predictions": predictions, "--losses": losses},
-        [model, adapter, forget, retain, mia_member, mia_nonmember, mmlu, reference],
-    )
-    if official:
-        settings |= OFFICIAL
-        on_gpu = gpus_per_worker > 0 if workers > 1 else device() == "cuda"
-        dtype = "bfloat16" if on_gpu else "float32"
-    chosen = EvalSettings(**settings)
+    files.claim([model, adapter, forget, retain, mia_member, mia_nonmember, mmlu, reference])
     for path in (model, reference):
         if path is not None:
             check_model(path)
@@ -98,37 +121,20 @@ def evaluate(
         if path is not None:
             check_fit(path, data, chosen)  # what it has to say, the workers say
     job = Evaluation(model=model, adapter=adapter, dtype=dtype, data=data, settings=chosen)
-    pool = WorkerPool(count=workers, gpus_each=gpus_per_worker, address=address)
     with workers_of(pool, log) as who:
-        found = Evaluated(job, who, cache, log)
-        scores = found.scores
-        if names:
-            other = None if reference is None else replace(job, model=reference, adapter=None)
-            more = more_metrics(
-                names,
-                found,
-                load_tokenizer(model),
-                data,
-                reference=None if other is None else Evaluated(other, who, cache, log),
-                batch_size=chosen.batch_size,
-                log=log,
-            )
-            scores = replace(scores, metrics=more)
-    _write_measured(data, found.outputs, predictions, losses)
-    if out is not None:
-        write_json(Path(out), scores.to_json())
+        found = Evaluated(job, who, files.cache, log)
+        scores = replace(found.scores, metrics=_further(names, found, reference)) if names else found.scores
+    files.write(data, found.outputs, scores)
     return scores
 
 
-def _write_measured(
-    data: EvalSet, measured: ModelOutputs, predictions: str | Path | None, losses: str | Path | None
-) -> None:
-    """The files that `score` reads, where asked for."""
-    if predictions is not None:
-        write_text(Path(predictions), "".join(json.dumps(row) + "\n" for row in prediction_rows(data, measured.texts)))
-    if losses is not None:
-        count = len(data.members)
-        write_json(Path(losses), {"member": measured.losses[:count], "nonmember": measured.losses[count:]})
+def _further(names: Sequence[str], found: Evaluated, reference: str | None) -> dict[str, dict[str, Part]]:
+    """The named metrics of what is evaluated, by the same workers, beside those of a reference."""
+    other = None if reference is None else found.of(reference)
+    job = found.evaluation
+    tokenizer = load_tokenizer(job.model)
+    batch_size = job.settings.batch_size
+    return more_metrics(names, found, tokenizer, job.data, reference=other, batch_size=batch_size, log=found.log)
 
 
 def eval_set(
@@ -153,9 +159,6 @@ def eval_set(
         dev=dev,
         questions=questions,
     )
-
-
-# -- scoring generations made elsewhere ----------------------------------------------------------
 
 
 def score(
@@ -199,9 +202,3 @@ def score(
     if out is not None:
         write_json(Path(out), scores.to_json())
     return scores
-
-
-# -- one trial -----------------------------------------------------------------------------------
-
-
-# -- merging -------------------------------------------------------------------------------------

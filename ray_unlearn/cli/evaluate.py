@@ -56,7 +56,8 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(a: argparse.Namespace) -> int:
-    from ray_unlearn.api.evaluation import evaluate
+    from ray_unlearn.api.evaluation import Outputs, evaluate
+    from ray_unlearn.cluster.evaluators import WorkerPool
     from ray_unlearn.progress import Progress
 
     scores = evaluate(
@@ -70,15 +71,15 @@ def _evaluate(a: argparse.Namespace) -> int:
         official=a.official,
         dtype=a.dtype,
         skip_bad_rows=a.skip_bad_rows,
-        out=a.out,
         metrics=[name for name in a.metrics.split(",") if name],
         reference=a.reference,
-        predictions=a.predictions,
-        losses=a.losses,
-        cache=None if a.no_cache else a.cache or Path(a.out).parent / ".evaluations",
-        workers=a.workers,
-        gpus_per_worker=a.gpus_per_worker,
-        address=a.address,
+        out=Outputs(
+            scores=a.out,
+            predictions=a.predictions,
+            losses=a.losses,
+            cache=None if a.no_cache else a.cache or Path(a.out).parent / ".evaluations",
+        ),
+        workers=WorkerPool(count=a.workers, gpus_each=a.gpus_per_worker, address=a.address),
         log=Progress().line,
         **evaluation_settings(a),
     )

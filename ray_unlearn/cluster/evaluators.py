@@ -18,6 +18,7 @@ from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.plugins import load_in_worker
 from ray_unlearn.protocols import Log
 from ray_unlearn.records import Scores
+from ray_unlearn.schema import require
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -84,7 +85,10 @@ class WorkerPool:
     """How many; one alone is no actor but this process."""
     gpus_each: float = 0
     address: str | None = None
-    """The Ray cluster to join; null to start one on this machine, or to join RAY_ADDRESS."""
+    """The Ray cluster to join; None for that of RAY_ADDRESS, or else one that is started on this machine."""
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"--workers must be at least 1, got {self.count}.")
 
 
 class ScoringActors:

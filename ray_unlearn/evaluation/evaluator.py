@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -131,6 +131,10 @@ class Evaluated:
         """What the work makes of each share of rows with this model."""
         found = dict(self.workers.compute(self.evaluation, partial(_with_model, work), shares))
         return [found[place] for place in range(len(shares))]
+
+    def of(self, model: str) -> Evaluated:
+        """The same evaluation of another whole model, by the same workers."""
+        return Evaluated(replace(self.evaluation, model=model, adapter=None), self.workers, self.cache, self.log)
 
     def _folder(self) -> Path | None:
         e = self.evaluation

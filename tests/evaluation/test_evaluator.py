@@ -49,17 +49,16 @@ def options(place, **changes):
 
 
 def test_what_is_written_scores_the_same_by_itself(place, tmp_path):
-    files = {name: tmp_path / name for name in ("predictions", "losses", "out")}
-    files["predictions"] = tmp_path / "p.jsonl"
-    scores = api.evaluate(**options(place), **files)
+    files = api.Outputs(scores=tmp_path / "out", predictions=tmp_path / "p.jsonl", losses=tmp_path / "losses")
+    scores = api.evaluate(**options(place), out=files)
     again = api.score(
-        files["predictions"],
-        mia=files["losses"],
+        files.predictions,
+        mia=files.losses,
         mmlu_accuracy=scores.utility,
         forget=str(place),
         retain=str(place),
     )
-    stated = json.loads(files["out"].read_text())
+    stated = json.loads(files.scores.read_text())
     assert stated == scores.to_json() and stated["final"] == again.final
     assert (again.terms, again.raw, again.counts, again.mia_auc) == (
         scores.terms, scores.raw, scores.counts, scores.mia_auc,
@@ -89,17 +88,17 @@ def test_a_killed_evaluation_goes_on_and_a_finished_one_loads_no_model(place, tm
     cache = tmp_path / "cache"
     with pytest.raises(Killed):
         computing(monkeypatch, limit=3)
-        api.evaluate(**options(place), cache=cache)
+        api.evaluate(**options(place), out=api.Outputs(cache=cache))
     (folder,) = cache.iterdir()
     assert len(list(folder.iterdir())) == 3
     (folder / "unit-0001.json").write_text('{"part": "te')  # half a file is none
     monkeypatch.undo()
     rest = computing(monkeypatch)
-    assert api.evaluate(**options(place), cache=cache) == expected
+    assert api.evaluate(**options(place), out=api.Outputs(cache=cache)) == expected
     everything = len(list(folder.iterdir()))
     assert len(rest) == everything - 2
     monkeypatch.setattr(evaluation, "load_model", lambda *given: pytest.fail("the model was loaded"))
-    assert api.evaluate(**options(place), cache=cache) == expected
+    assert api.evaluate(**options(place), out=api.Outputs(cache=cache)) == expected
 
 
 def test_other_weights_data_or_settings_are_other_scores(place, tmp_path, monkeypatch):
@@ -107,7 +106,7 @@ def test_other_weights_data_or_settings_are_other_scores(place, tmp_path, monkey
 
     def computed(**changes):
         seen.clear()
-        api.evaluate(**options(place, **changes), cache=cache)
+        api.evaluate(**options(place, **changes), out=api.Outputs(cache=cache))
         return len(seen)
 
     assert computed() > 0 and computed() == 0
@@ -166,7 +165,7 @@ def test_parts_from_actors_are_the_same_in_whatever_order_they_come(place, monke
 def test_ray_actors_give_what_one_process_gives(place, tmp_path):
     more = {"metrics": METRICS, "reference": str(place / "model")}
     expected = api.evaluate(**options(place), **more)
-    assert api.evaluate(**options(place), workers=2, cache=tmp_path, **more) == expected
+    assert api.evaluate(**options(place), workers=2, out=api.Outputs(cache=tmp_path), **more) == expected
     with pytest.raises(InputError, match="its prompt has"):
         api.evaluate(**options(place, forget=str(too_long(place, tmp_path))), workers=2)
 
@@ -210,9 +209,13 @@ def test_a_row_beyond_the_context_and_no_workers_are_refused(place, tmp_path):
     with pytest.raises(InputError, match=r"row 'f1000sc1': its prompt has \d+ tokens, and the model's context is 512"):
         api.evaluate(**options(place, forget=str(too_long(place, tmp_path))))
     with pytest.raises(InputError, match="--losses are those of the MIA's documents"):
-        api.evaluate(**options(place, mia_member=None, mia_nonmember=None), losses=tmp_path / "losses.json")
+        api.evaluate(
+            **options(place, mia_member=None, mia_nonmember=None), out=api.Outputs(losses=tmp_path / "losses.json")
+        )
     with pytest.raises(InputError, match="--workers must be at least 1, got 0"):
         api.evaluate(**options(place), workers=0)
+    with pytest.raises(InputError, match="unknown key in settings 'max_tokens'. Did you mean 'max_new_tokens'"):
+        api.evaluate(**options(place), max_tokens=4)
 
 
 def test_finished_units_of_another_plan_are_not_taken(tmp_path):
