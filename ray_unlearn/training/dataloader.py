@@ -164,6 +164,12 @@ def token_logps(model: CausalLM, rows: Sequence[Encoded], pad_id: int) -> list[T
     return found
 
 
+def split_units(units: Sequence[RowGroup]) -> list[RowGroup]:
+    """One unit for each split, of all its rows: where a loss pools a split's tokens, those stay in one pass."""
+    splits = dict.fromkeys(unit[0].split for unit in units)
+    return [[row for unit in units if unit[0].split == split for row in unit] for split in splits]
+
+
 def length_groups(
     units: Sequence[RowGroup], together: bool, least: Mapping[str, int] | None = None
 ) -> list[list[TrainingRow]]:
@@ -172,7 +178,7 @@ def length_groups(
     `least` has the tokens to which the rows of a split are padded at least.
 
     Each group is a forward pass of its own, and one backward pass follows them all. `together`
-    keeps all in one group: where ranks' passes must match one to one, or a loss pools the batch.
+    keeps all in one group: where ranks' passes must match one to one.
     """
     known = least or {}
     sizes = [max(max(len(row.tokens.ids), known.get(row.split, 0)) for row in unit) for unit in units]

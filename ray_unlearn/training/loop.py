@@ -15,7 +15,14 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.evaluation.scoring import score_model
 from ray_unlearn.evaluation.work_units import Shard
 from ray_unlearn.records import Scores
-from ray_unlearn.training.dataloader import RowGroup, TrainingRow, TrialData, length_groups, make_trial_data
+from ray_unlearn.training.dataloader import (
+    RowGroup,
+    TrainingRow,
+    TrialData,
+    length_groups,
+    make_trial_data,
+    split_units,
+)
 from ray_unlearn.training.engine import Engine
 from ray_unlearn.training.gradient_masks import MaskedGradient
 from ray_unlearn.training.monitor import Monitor
@@ -115,7 +122,7 @@ def _share_loss(
     sizes = {"forget": len(step.forget), "retain": len(step.retain)}
     length, parts = data.padded_length(step), []
     padded = {term.split: length for term in terms if term.on == "all"}
-    for rows in length_groups(units, collective or trial_loss.pools, padded):
+    for rows in length_groups(split_units(units) if trial_loss.pools else units, collective, padded):
         counts = {split: sum(row.split == split for row in rows) for split in sizes}
         weights = {split: counts[split] * shares / max(1, size) for split, size in sizes.items()}
         parts.append(

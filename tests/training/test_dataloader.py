@@ -255,6 +255,24 @@ def test_a_term_on_all_is_the_same_however_the_rows_fall_into_passes_micro_batch
         torch.testing.assert_close(gradient, seen[0][2], rtol=1e-3, atol=1e-5)
 
 
+def test_a_loss_that_pools_sees_all_rows_of_a_split_in_one_pass_and_may_see_each_split_in_its_own(tiny, prepare):
+    """Short forget rows beside retain rows padded to 200 tokens: two passes, and the value of one."""
+    config = TrialConfig(
+        method="kl_ascent", lora_rank=2, options={"pool_tokens": True}, kl_on="all", forget_on="answer", max_length=200
+    )
+    rows = batch_for(tiny, "kl_ascent", 4, 3)
+    data = TrialData(*([[row] for row in rows if row.split == split] for split in ("forget", "retain")), 200)
+    step = Step("forget", 0, tuple(range(4)), tuple(range(3)), 1e-3, False)
+    engine, trainable = prepare(config)
+    trial_loss, tokens = TrialLoss(config, trainable, PAD), []
+    handle = trainable.model.get_input_embeddings().register_forward_hook(lambda m, i, o: tokens.append(i[0].shape))
+    found = _share_loss(engine, trial_loss, step, data, data.units(step, 0, 1), 1)
+    handle.remove()
+    whole = trial_loss.loss(engine, rows, {"forget": 1.0, "retain": 1.0}, trial_loss.terms(True, True), length=200)
+    assert found.shown == pytest.approx(whole.shown, rel=1e-5)
+    assert tokens[0][0] == 4 and tokens[0][1] < 10 and tokens[1:] == [(3, 200)] * 2  # the second is the reference's
+
+
 def test_padding_that_counts_goes_to_max_length_or_to_the_steps_longest_row():
     units = units_of(5, (7, 11), 6)
     step = Step("forget", 0, (0, 1), (2,), 1e-3, True)
