@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from third_parties import guests
 
 from ray_unlearn import plugins
 from ray_unlearn.config.job import Job
 from ray_unlearn.errors import InputError
 from ray_unlearn.losses import LOSSES, METHODS
 from ray_unlearn.schema import from_dict
-from ray_unlearn.tables import additions, take_back
 
 METHOD = """
 from ray_unlearn.losses import LOSSES, METHODS, Loss, Method
@@ -29,17 +29,10 @@ METHODS.add("{name}", Method(forget="{name}", formula="sum log p", source="a tes
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
+def clean():
     """Leaves this process without the plugins of a test."""
-    mark, modules, known = additions(), set(sys.modules), dict(plugins._loaded)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    take_back(mark)
-    plugins._loaded.clear()
-    plugins._loaded.update(known)
-    for name in set(sys.modules) - modules:
-        if name.startswith("third_"):
-            del sys.modules[name]
+    with guests():
+        yield
 
 
 def write(path: Path, text: str) -> Path:

@@ -119,8 +119,11 @@ def find_sampler(name: str) -> Sampler:
     import optuna
 
     try:
-        study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES), sampler=sampler.open(0, 1, 0))
-        study.ask().suggest_float("probe", 0.0, 1.0)
+        made = sampler.open(0, 1, 0)
+        study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES), sampler=made)
+        study.ask()
+        (trial,) = study.trials
+        made.sample_relative(study, trial, made.infer_relative_search_space(study, trial))
     except Exception as error:
         raise InputError(
             f"search.sampler {name!r} cannot propose a trial of {len(OBJECTIVES)} objectives: "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from third_parties import guests
 
 from ray_unlearn import cli
 from ray_unlearn.config.job import Job
 from ray_unlearn.data.benchmarks import DATASETS
 from ray_unlearn.errors import InputError
 from ray_unlearn.schema import from_dict
-from ray_unlearn.tables import additions, take_back
 
 
 def job(**target):
@@ -46,14 +46,11 @@ def test_another_benchmark_has_settings_of_its_own():
     class Sizes:
         rows: int = 3
 
-    mark = additions()
-    try:
+    with guests():
         DATASETS.add("rows", dataclasses.replace(DATASETS["embedded"], settings=Sizes))
         assert job(benchmark="rows").target.settings == {"rows": 3}
         with pytest.raises(InputError, match="unknown key in target.settings 'layers'"):
             job(benchmark="rows", settings={"layers": 2})
-    finally:
-        take_back(mark)
 
 
 def test_a_command_names_the_known_benchmarks(capsys, tmp_path):

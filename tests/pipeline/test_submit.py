@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from third_parties import guests
 
 from ray_unlearn.config.job import load_job
 from ray_unlearn.pipeline import submit
@@ -65,3 +68,31 @@ def test_two_spaces_of_one_file_name_both_travel_and_first_points_still_name_the
     assert [(place / name).read_text() for name in packed.spaces[1:]] == [SPACE % 1, SPACE % 2]
     assert packed.first_points == [{"space": packed.spaces[2]}, "zjuklab-model1"]
     assert SimpleNamespace(**vars(packed)).spaces != names and (place / "ray_unlearn" / "__init__.py").exists()
+
+
+METHOD = """
+from ray_unlearn.losses import METHODS, Method
+METHODS.add("{0}", Method(forget="npo", formula="NPO", source="a test"))
+"""
+
+
+def test_plugins_travel_and_are_found_where_the_job_arrives(tmp_path):
+    (tmp_path / "site" / "third_packed").mkdir(parents=True)
+    (tmp_path / "site" / "third_packed" / "__init__.py").write_text(METHOD.format("packed_package"))
+    (tmp_path / "third_packed_file.py").write_text(METHOD.format("packed_file"))
+    names = ["third_packed", str(tmp_path / "third_packed_file.py")]
+    job = {"plugins": names, "target": {"benchmark": "embedded"}, "search": {"fixed": {"method": "packed_file"}}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    place = tmp_path / "packed"
+    place.mkdir()
+    with guests():
+        sys.path.append(str(tmp_path / "site"))
+        submit.pack(load_job(tmp_path / "job.yaml"), place)
+    program = (
+        "from ray_unlearn.config.job import load_job; from pathlib import Path; from ray_unlearn.losses import METHODS;"
+        "print(load_job(Path('job.yaml')).plugins, {'packed_file', 'packed_package'} <= set(METHODS))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=place, env={"PATH": ""}, timeout=120
+    )
+    assert answer.stdout.strip() == "['third_packed', 'third_packed_file'] True", answer.stderr

@@ -89,7 +89,8 @@ def test_the_default_is_tpe_with_the_settings_it_always_had():
 def module(tmp_path, monkeypatch):
     """A third party's module that can be imported."""
     (tmp_path / "third_samplers.py").write_text(
-        "from optuna.samplers import CmaEsSampler, RandomSampler\n"
+        "from optuna.samplers import CmaEsSampler, GridSampler, RandomSampler\n"
+        "def grid(seed, startup, done):\n    return GridSampler({'x': [3.0]}, seed)\n"
         "def mine(seed, startup, done):\n    return RandomSampler(seed=seed + done)\n"
         "def one_objective(seed, startup, done):\n    return CmaEsSampler()\n"
         "def none(seed, startup, done):\n    return 7\n"
@@ -104,6 +105,7 @@ def test_a_third_partys_function_is_a_sampler(module):
     study = open_study(f"sqlite:///{MEMORY}", "trials", 3, 4, find_sampler("third_samplers:mine"))
     expected = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)).ask().suggest_float("x", 0, 1)
     assert study.ask().suggest_float("x", 0, 1) == expected
+    assert find_sampler("third_samplers:grid").source == "third_samplers"  # it knows no parameter but x
 
 
 @pytest.mark.parametrize(
