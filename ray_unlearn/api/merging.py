@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from ray_unlearn.errors import InputError
+from ray_unlearn.errors import InputError, unknown_name
 from ray_unlearn.files import claim_directory, write_json, write_text
-from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.merging import MERGES, MergeRecipe, merge_options
 from ray_unlearn.merging.recipe import Graded
 from ray_unlearn.models.loading import DTYPES, check_model, load_model
 from ray_unlearn.schema import one_of
@@ -23,17 +22,20 @@ def merge(
     densities: Sequence[Graded] = (1.0,),
     weights: Sequence[Graded] | None = None,
     lambda_: Graded = 1.0,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
     dtype: str | None = None,
     as_adapter: bool = False,
     rank: int | None = None,
     log: Callable[[str], None] = lambda line: None,
-    **options: Any,
+    **options: float,
 ) -> Path:
     """Merges adapters, snapshots or full checkpoints of one base into a model directory, or an adapter, at `out`.
 
     A density or weight for each member, or one for all; a list in place of a number is a gradient
-    over depth. `dtype`: what the base is taken and the model written in (default float32). `options` are the recipe's
-    others: normalize, rescale, epsilon, gamma, seed.
+    over depth. `normalize` and `rescale` are the method's own where None. `dtype`: what the base is taken and the model
+    written in (default float32). `options` are the method's own numbers (`ray-unlearn merge-methods`); one that only
+    other methods read is left out, with a line to `log`.
     """
     names = [str(member) for member in members]
     if len(set(names)) != len(names):
@@ -44,11 +46,24 @@ def merge(
         weights=list(weights) if weights else [1.0] * len(names),
         densities=list(densities) * (len(names) if len(densities) == 1 else 1),
         lambda_=lambda_,
-        **options,
+        normalize=normalize,
+        rescale=rescale,
+        options=_own(method, options, log),
     )
     if not MERGES[method].uses_density and any(density != 1.0 for density in recipe.densities):
         raise InputError(f"{method} thins nothing out: a density of {list(densities)} would change nothing; leave it.")
     return merge_by_recipe(recipe, base, out, dtype=dtype, as_adapter=as_adapter, rank=rank, log=log)
+
+
+def _own(method: str, options: dict[str, float], log: Callable[[str], None]) -> dict[str, float]:
+    """What the method reads of the options."""
+    known, own = merge_options(), MERGES.find(method).options
+    for name in options:
+        if name not in known:
+            raise unknown_name("parameter of a merge", name, known)
+        if name not in own:
+            log(f"{method} reads no {name}: it is left out")
+    return {name: value for name, value in options.items() if name in own}
 
 
 def merge_by_recipe(

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from ray_unlearn.cli import catalogue, evaluate, merge, report, run, score, submit, target, train
+from ray_unlearn.cli.arguments import Parser
 from ray_unlearn.cluster.session import prepare_environment
 from ray_unlearn.errors import InputError
 from ray_unlearn.plugins import load_plugins
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands, each with an example in its help."""
-    parser = argparse.ArgumentParser(
-        prog="ray-unlearn", description="Distributed search and merging for LLM unlearning."
-    )
+    parser = Parser(prog="ray-unlearn", description="Distributed search and merging for LLM unlearning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)

@@ -7,15 +7,28 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What commands are added to; argparse has no public name for it."""
 Body = Callable[[argparse.Namespace], int]
 """What a command does with its arguments; returns the exit code."""
 
 
-def command(commands: Commands, body: Body, name: str, what: str, example: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that gets the flags of a table when its command is chosen: no other command then loads the table."""
+
+    later: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own, with the flags added first."""
+        if self.later is not None:
+            later, self.later = self.later, None
+            later(self)
+        return super().parse_known_args(args, namespace)
+
+
+def command(commands: Commands, body: Body, name: str, what: str, example: str) -> Parser:
     """A command with its body, and an example in its help."""
-    p: argparse.ArgumentParser = commands.add_parser(
+    p: Parser = commands.add_parser(
         name,
         help=what,
         description=what[0].upper() + what[1:] + ".",

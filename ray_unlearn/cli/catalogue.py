@@ -74,12 +74,9 @@ def _merge_methods(a: argparse.Namespace) -> int:
             "name": name,
             "formula": method.formula,
             "parameters": {
-                key: value
-                for key, value in (
-                    {"weight": 1.0, "density": 1.0, "lambda": 1.0, "epsilon": 0.15, "gamma": 0.01, "seed": 0}
-                    | {"normalize": method.normalize, "rescale": method.rescale}
-                ).items()
-                if key in method.parameters
+                **{name: 1.0 for name in ("weight", "density", "lambda") if name in method.parameters},
+                **{name: option.default for name, option in method.options.items()},
+                **{name: getattr(method, name) for name in ("normalize", "rescale") if name in method.parameters},
             },
             "source": method.source,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any, cast
 
 from ray_unlearn.cli.arguments import Commands, command, plugin_flag
 from ray_unlearn.errors import InputError
@@ -30,15 +31,40 @@ def add(commands: Commands) -> None:
     p.add_argument("--lambda", dest="lambda_", type=_number_or_gradient, default=1.0, metavar="L")
     p.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide by the weights (see methods)")
     p.add_argument("--rescale", action=argparse.BooleanOptionalAction, help="restore each delta's sum of magnitudes")
-    p.add_argument("--epsilon", type=float, default=0.15, help="della: spread of the chance to stay")
-    p.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of largest entries that go")
-    p.add_argument("--seed", type=int, default=0, help="of random masks")
+    p.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="a number of a plugin's method; repeatable"
+    )
     plugin_flag(p)
     p.add_argument("--dtype", choices=DTYPES, help="of the base and the model written (default: the recipe's, float32)")
     p.add_argument("--as-adapter", action="store_true", help="write a PEFT adapter; exact where the method is linear")
     p.add_argument("--rank", type=int, metavar="R", help="of the adapter (default: the members' sum)")
     p.add_argument("--out", required=True, metavar="DIR")
     p.epilog = f"{p.epilog}\n\nA number may be a gradient over depth: 1,0.5 falls from the first layer to the last."
+    p.later = _own_flags
+
+
+def _own_flags(p: argparse.ArgumentParser) -> None:
+    """A flag for each number of a method's own."""
+    from ray_unlearn.merging import MERGES, merge_options
+
+    group = p.add_argument_group("a method's own numbers")
+    for name, option in merge_options().items():
+        readers = ", ".join(method for method, row in MERGES.items() if name in row.options)
+        about = f"{option.meaning} (default {option.default}; {readers})"
+        flag, place = f"--{name.replace('_', '-')}", f"option_{name}"
+        group.add_argument(flag, type=cast("type[float]", option.hint), dest=place, metavar="X", help=about)
+
+
+def _own_numbers(a: argparse.Namespace) -> dict[str, Any]:
+    """What was given of a method's own numbers, by a flag of its name or by --option."""
+    given = {name.removeprefix("option_"): value for name, value in vars(a).items() if name.startswith("option_")}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    for text in a.option:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise InputError(f"--option takes NAME=VALUE, got {text!r}.")
+        numbers[name] = int(value) if value.isdecimal() else value
+    return numbers
 
 
 def _number_or_gradient(text: str) -> float | list[float]:
@@ -59,8 +85,8 @@ def _merge(a: argparse.Namespace) -> int:
     else:
         if a.base is None:
             raise InputError("--adapters needs --base, the model they change.")
-        options = {name: getattr(a, name) for name in ("normalize", "rescale", "epsilon", "gamma", "seed")}
         numbers = {"densities": a.density, "weights": a.weights, "lambda_": a.lambda_}
-        out = merge(a.base, a.adapters, a.out, method=a.method, **numbers, **options, **common)
+        numbers |= {"normalize": a.normalize, "rescale": a.rescale}
+        out = merge(a.base, a.adapters, a.out, method=a.method, **numbers, **_own_numbers(a), **common)
     print(out)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray_unlearn.merging.methods import MERGES, MergeMethod
+from ray_unlearn.merging.methods import MERGES, MergeMethod, merge_options
 from ray_unlearn.merging.recipe import MergeRecipe
 
-__all__ = ["MERGES", "MergeMethod", "MergeRecipe"]
+__all__ = ["MERGES", "MergeMethod", "MergeRecipe", "merge_options"]

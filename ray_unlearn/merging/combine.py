@@ -167,7 +167,7 @@ class Combiner:
         delta, method = self._delta(recipe, member, name, base), MERGES[recipe.method]
         if method.sparsify is None:
             return delta
-        if recipe.method == "ties":
+        if method.trims:
             whole = delta.clone() if settings.rescale else delta
             kept = self._trim(self._key(recipe, member), name, delta, density)
             return rescaled(kept, whole) if settings.rescale else kept

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ray_unlearn.errors import InputError
 from ray_unlearn.merging import consensus
 from ray_unlearn.merging.sparsify import breadcrumbs, drop_and_rescale, magprune, rescaled, trim
+from ray_unlearn.schema import Option, Range
 from ray_unlearn.tables import Table
-
-Draw = Callable[[int], torch.Generator]
-"""The generator of the random mask of the member at a place; the same again at every call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,8 @@ class Settings:
     lambda_: float
     normalize: bool
     rescale: bool
-    epsilon: float
-    gamma: float
+    options: Mapping[str, float]
+    """The method's own."""
 
 
 Sparsify = Callable[[Tensor, float, Settings, torch.Generator], Tensor]
@@ -44,14 +43,33 @@ class MergeMethod:
     normalize: bool = False
     rescale: bool = False
     parameters: tuple[str, ...] = ("weight", "lambda")
-    """What of a recipe the method reads, by mergekit's names."""
-    random: bool = False
+    """What of the numbers that methods share the method reads, by mergekit's names."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    """Its own numbers, by the names they have in a recipe, on the command line (`--epsilon`) and in the search. With a
+    `seed` its masks are random."""
+    check: Callable[[float, Mapping[str, float]], None] | None = None
+    """(density, options): raises InputError where they do not go together."""
+    densities: Range = Range(0.2, 1.0, step=0.05)
+    """What the search draws a density from: a grid, so that a member is often wanted again at a density whose cuts are
+    known."""
+    weighted_mean: bool = False
+    """Whether weights must be at least 0 and sum to more, normalised or not."""
     on_factors: bool = False
     """Whether LoRA's A and B are merged instead of deltas; members must then be adapters."""
     fewest: int = 1
     most: int | None = None
     formula: str
     source: str
+
+    @property
+    def random(self) -> bool:
+        """Whether entries are dropped at random."""
+        return "seed" in self.options
+
+    @property
+    def trims(self) -> bool:
+        """Whether its sparsify is `trim`, whose cuts can be kept."""
+        return self.sparsify is _by_magnitude
 
     @property
     def uses_density(self) -> bool:
@@ -75,7 +93,7 @@ def _by_magnitude(delta: Tensor, density: float, settings: Settings, generator: 
 
 
 def _without_outliers(delta: Tensor, density: float, settings: Settings, generator: torch.Generator) -> Tensor:
-    kept = breadcrumbs(delta, density, settings.gamma)
+    kept = breadcrumbs(delta, density, settings.options["gamma"])
     return rescaled(kept, delta) if settings.rescale else kept
 
 
@@ -84,7 +102,7 @@ def _at_random(delta: Tensor, density: float, settings: Settings, generator: tor
 
 
 def _by_rank_at_random(delta: Tensor, density: float, settings: Settings, generator: torch.Generator) -> Tensor:
-    return magprune(delta, density, settings.epsilon, settings.rescale, generator)
+    return magprune(delta, density, settings.options["epsilon"], settings.rescale, generator)
 
 
 def _sum(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Tensor:
@@ -107,7 +125,17 @@ def _stock(base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Tensor
     return settings.lambda_ * consensus.model_stock(deltas)
 
 
+def _chances_in_bounds(density: float, options: Mapping[str, float]) -> None:
+    epsilon = options["epsilon"]
+    if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+        raise InputError(
+            f"della needs density - epsilon above 0 and density + epsilon below 1, got density {density} and epsilon "
+            f"{epsilon}: lower epsilon."
+        )
+
+
 THINNED = ("weight", "density", "lambda", "normalize", "rescale")
+SEED = Option(hint=int, default=0, meaning="of random masks")
 _ROWS: dict[str, MergeMethod] = {
     "ties": MergeMethod(
         sparsify=_by_magnitude,
@@ -134,8 +162,8 @@ _ROWS: dict[str, MergeMethod] = {
         sparsify=_at_random,
         consensus=_election,
         rescale=True,
-        parameters=(*THINNED, "seed"),
-        random=True,
+        parameters=THINNED,
+        options={"seed": SEED},
         formula="lambda * sum_agreeing(w_i m_i(d_i)); m_i keeps entries with chance density, then restores sum|d_i|",
         source="Yu et al. 2023 (arXiv 2311.03099), as in mergekit's `dare_ties`",
     ),
@@ -143,8 +171,8 @@ _ROWS: dict[str, MergeMethod] = {
         sparsify=_at_random,
         consensus=_sum,
         rescale=True,
-        parameters=(*THINNED, "seed"),
-        random=True,
+        parameters=THINNED,
+        options={"seed": SEED},
         formula="lambda * sum(w_i m_i(d_i)); m_i keeps entries with chance density, then restores sum|d_i|",
         source="Yu et al. 2023 (arXiv 2311.03099), as in mergekit's `dare_linear`",
     ),
@@ -153,20 +181,37 @@ _ROWS: dict[str, MergeMethod] = {
         consensus=_election,
         normalize=True,
         rescale=True,
-        parameters=(*THINNED, "epsilon", "seed"),
-        random=True,
+        parameters=THINNED,
+        options={
+            "epsilon": Option(
+                hint=float,
+                default=0.15,
+                at_least=0,
+                below=1,
+                meaning="how far the chance to stay is from the density, at most",
+            ),
+            "seed": SEED,
+        },
+        check=_chances_in_bounds,
+        densities=Range(0.2, 0.8, step=0.05),  # the chances at density -+ 0.15 stay within (0, 1)
         formula="as ties, with m_i(d_i): kept with a chance that rises with the rank in its row, density -+ epsilon",
         source="Deep et al. 2024 (arXiv 2406.11617), as in mergekit's `della`",
     ),
     "breadcrumbs": MergeMethod(
         sparsify=_without_outliers,
         consensus=_sum,
-        parameters=(*THINNED, "gamma"),
+        parameters=THINNED,
+        options={
+            "gamma": Option(
+                hint=float, default=0.01, at_least=0, below=1, meaning="share of the largest entries that is dropped"
+            )
+        },
         formula="lambda * sum(w_i m_i(d_i)); m_i drops the largest gamma and the smallest 1 - density - gamma",
         source="Davari and Belilovsky 2023 (arXiv 2312.06795), as in mergekit's `breadcrumbs`",
     ),
     "slerp": MergeMethod(
         consensus=_arc,
+        weighted_mean=True,
         fewest=2,
         most=2,
         formula="lambda * (slerp(base + d_1, base + d_2, t) - base), t = w_2 / (w_1 + w_2)",
@@ -174,6 +219,7 @@ _ROWS: dict[str, MergeMethod] = {
     ),
     "karcher": MergeMethod(
         consensus=_sphere,
+        weighted_mean=True,
         formula="lambda * (weighted Karcher mean of base + d_i, direction and length apart, - base)",
         source="Karcher 1977, on whole weights as in mergekit's `karcher`, with weights",
     ),
@@ -193,3 +239,8 @@ _ROWS: dict[str, MergeMethod] = {
     ),
 }
 MERGES = Table("merge method", MergeMethod, _ROWS)
+
+
+def merge_options() -> dict[str, Option]:
+    """The own numbers of all methods, by name."""
+    return {name: option for method in MERGES.values() for name, option in method.options.items()}

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ray_unlearn.errors import InputError, unknown_name
-from ray_unlearn.merging.methods import MERGES, Settings
-from ray_unlearn.schema import checked_value
+from ray_unlearn.merging.methods import MERGES, Settings, merge_options
+from ray_unlearn.schema import checked, checked_value
 
 Graded: TypeAlias = float | list[float]
 """A number, or anchors that are spread evenly over the layers, first to last, with straight lines between."""
@@ -40,12 +39,8 @@ class MergeRecipe:
     """Divide by the weights that took part; None for the method's default."""
     rescale: bool | None = None
     """Restore each thinned-out delta's sum of magnitudes; None for the method's default."""
-    epsilon: float = 0.15
-    """DELLA: how far the chance to stay is from the density, at most."""
-    gamma: float = 0.01
-    """Breadcrumbs: share of the largest entries that is dropped."""
-    seed: int = 0
-    """Of the random masks."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The method's own numbers; in files they stand beside the other keys. Defaults are filled in."""
     merges: dict[str, MergeRecipe] = field(default_factory=dict)
     """The recipes of those members that are merges themselves."""
 
@@ -68,7 +63,7 @@ class MergeRecipe:
             if not 0 < density <= 1:
                 raise InputError(f"a density must be above 0 and at most 1, got {density}.")
         self._check_weights()
-        self._check_shares()
+        object.__setattr__(self, "options", self._checked_options())
 
     def _check_weights(self) -> None:
         """What a normalised merge divides by must be above 0 at every depth; lines between anchors keep it so."""
@@ -77,27 +72,28 @@ class MergeRecipe:
             if len({json.dumps(weight) for weight in self.weights}) > 1:
                 raise InputError(f"{self.method} uses no weights; give equal ones, got {self.weights}.")
             return
-        whole = self.method in ("slerp", "karcher")
         normalized = method.normalize if self.normalize is None else self.normalize
-        if not (whole or normalized):
+        if not (method.weighted_mean or normalized):
             return
         for depth in self._depths():
             weights = [at_depth(weight, depth) for weight in self.weights]
             if sum(weights) <= 0:
                 raise InputError(f"the weights of a {self.method} merge must sum to more than 0, got {self.weights}.")
-            if whole and min(weights) < 0:
+            if method.weighted_mean and min(weights) < 0:
                 raise InputError(f"the weights of a {self.method} merge must be at least 0, got {self.weights}.")
 
-    def _check_shares(self) -> None:
-        if not 0 <= self.gamma < 1:
-            raise InputError(f"gamma must be at least 0 and below 1, got {self.gamma}.")
-        if self.method == "della":
+    def _checked_options(self) -> dict[str, float]:
+        """The method's own numbers, checked, in its order, defaults filled in."""
+        method = MERGES[self.method]
+        for name in self.options:
+            if name not in method.options:
+                raise unknown_name(f"parameter of the merge method {self.method}", name, method.options)
+        given = {name: self.options.get(name, row.default) for name, row in method.options.items()}
+        options = {name: cast(float, checked(row, given[name], name)) for name, row in method.options.items()}
+        if method.check is not None:
             for density in _anchors(self.densities):
-                if density < 1 and not (density - self.epsilon > 0 and density + self.epsilon < 1):
-                    raise InputError(
-                        f"della needs density - epsilon above 0 and density + epsilon below 1, got density {density} "
-                        f"and epsilon {self.epsilon}: lower epsilon."
-                    )
+                method.check(density, options)
+        return options
 
     def _depths(self) -> list[float]:
         """The depths of all anchors."""
@@ -113,11 +109,10 @@ class MergeRecipe:
             "densities": [_copy(density) for density in self.densities],
             "lambda": self.lambda_,
         }
-        for entry in dataclasses.fields(self)[5:]:
-            value = getattr(self, entry.name)
-            default = {} if entry.name == "merges" else entry.default
-            if value != default:
-                data[entry.name] = value
+        switches = {"normalize": self.normalize, "rescale": self.rescale}
+        data |= {name: value for name, value in switches.items() if value is not None}
+        rows = MERGES[self.method].options
+        data |= {name: value for name, value in self.options.items() if value != rows[name].default}
         if self.merges:
             data["merges"] = {name: recipe.to_json() for name, recipe in self.merges.items()}
         return data
@@ -146,13 +141,12 @@ class MergeRecipe:
             lambda_=at_depth(self.lambda_, depth),
             normalize=method.normalize if self.normalize is None else self.normalize,
             rescale=method.rescale if self.rescale is None else self.rescale,
-            epsilon=self.epsilon,
-            gamma=self.gamma,
+            options=self.options,
         )
 
     def generator(self, digest: str, tensor: str) -> torch.Generator:
         """The generator of a member's random mask for one tensor, whatever the order of members and tensors."""
-        text = f"{self.seed}\0{digest}\0{tensor}"
+        text = f"{self.options.get('seed', 0)}\0{digest}\0{tensor}"
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
     def combine(
@@ -172,24 +166,36 @@ class MergeRecipe:
         return method.consensus(torch.zeros_like(kept[0]) if base is None else base, kept, settings)
 
 
+KEYS = {"lambda" if name == "lambda_" else name: hint for name, hint in get_type_hints(MergeRecipe).items()}
+"""Keys of a recipe in a file, with their types; the methods' own numbers stand beside them."""
+del KEYS["options"]
+
+
 def _from_json(data: object, where: str, around: tuple[int, ...]) -> MergeRecipe:
     if not isinstance(data, dict):
         raise InputError(f"{where} must be a mapping of keys to values, got {data!r:.60}.")
     if id(data) in around:  # YAML's aliases can do that
         raise InputError(f"{where} contains itself.")
-    hints = {"lambda" if name == "lambda_" else name: hint for name, hint in get_type_hints(MergeRecipe).items()}
+    rows = merge_options()
+    method = data.get("method", MergeRecipe.method)
+    own = MERGES[method].options if isinstance(method, str) and method in MERGES else {}
     values: dict[str, Any] = {}
+    options: dict[str, float] = {}
     for key, value in data.items():
-        if key not in hints:
-            raise unknown_name(f"key in {where}", key, hints)
-        if key != "merges":
-            values["lambda_" if key == "lambda" else key] = checked_value(hints[key], value, f"{where}: {key}")
+        if key in rows:
+            number = checked(own.get(key, rows[key]), value, f"{where}: {key}")
+            if key in own:  # one that the method does not read decides nothing
+                options[key] = cast(float, number)
+        elif key not in KEYS:
+            raise unknown_name(f"key in {where}", key, [*KEYS, *rows])
+        elif key != "merges":
+            values["lambda_" if key == "lambda" else key] = checked_value(KEYS[key], value, f"{where}: {key}")
     nested = data.get("merges", {})
     if not isinstance(nested, dict):
         raise InputError(f"{where}: merges must map names to recipes, got {nested!r:.60}.")
     inner = (*around, id(data))
     merges = {str(name): _from_json(recipe, f"{where}: merges.{name}", inner) for name, recipe in nested.items()}
-    return MergeRecipe(**values, merges=merges)
+    return MergeRecipe(**values, options=options, merges=merges)
 
 
 def at_depth(value: Graded, depth: float) -> float:

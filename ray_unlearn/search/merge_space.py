@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from ray_unlearn.merging.methods import MERGES
+from ray_unlearn.merging.methods import MERGES, MergeMethod
 from ray_unlearn.merging.recipe import Graded, MergeRecipe
 from ray_unlearn.pareto import Front, Point
 from ray_unlearn.protocols import Suggests
 from ray_unlearn.records import Scores
+from ray_unlearn.schema import suggest
 
 FIRST_DENSITY = 0.8
 """ZJUKLAB's (arXiv 2503.21088)."""
-DENSITY_STEP = 0.05
-"""Densities come from a grid, so that a member is often wanted again at a density whose cuts are known."""
 WEIGHTS = (0.1, 10.0)
 """Of another member over the first's."""
 LAMBDAS = {"lambda": (0.6, 1.4), "lambda_of_sum": (0.6, 2.0)}
@@ -67,6 +67,7 @@ class MergeSpace:
             weights=self._weights(trial, method, count),
             densities=[_density(trial, method)] * count,
             lambda_=trial.suggest_float(_lambda(method), *LAMBDAS[_lambda(method)]),
+            options=_own_numbers(trial, method),
             merges={name: joined[name] for name in members if name in joined},
         )
 
@@ -97,8 +98,7 @@ class MergeSpace:
     def _pair(self, a: int, b: int, method: str, density: float, weight: float) -> dict[str, object]:
         point: dict[str, object] = {"member_0": a, "member_1": b, "density": density, "weight_1": weight}
         point[_lambda(method)] = 1.0
-        if method == "della":
-            point["della_density"] = min(density, 0.8)
+        point[_density_name(method)] = min(density, MERGES[method].densities.high)
         if len(self.methods) > 1:
             point["method"] = method
         if self.layerwise:
@@ -141,12 +141,20 @@ def _lambda(method: str) -> str:
     return "lambda_of_sum" if "normalize" in row.parameters and not row.normalize else "lambda"
 
 
+def _density_name(method: str) -> str:
+    """The name under which a method's density is drawn: that of all methods with the same range."""
+    return "density" if MERGES[method].densities == MergeMethod.densities else f"{method}_density"
+
+
 def _density(trial: Suggests, method: str) -> float:
-    if not MERGES[method].uses_density:
-        return 1.0
-    if method == "della":  # its chances must stay within (0, 1) at density -+ 0.15
-        return float(trial.suggest_float("della_density", 0.2, 0.8, step=DENSITY_STEP))
-    return float(trial.suggest_float("density", 0.2, 1.0, step=DENSITY_STEP))
+    row = MERGES[method]
+    return cast(float, suggest(row.densities, trial, _density_name(method))) if row.uses_density else 1.0
+
+
+def _own_numbers(trial: Suggests, method: str) -> dict[str, float]:
+    """Those of a method's own numbers that have a search range."""
+    rows = {name: row.search for name, row in MERGES[method].options.items()}
+    return {name: cast(float, suggest(search, trial, name)) for name, search in rows.items() if search is not None}
 
 
 def bisected(points: Sequence[tuple[float, float | None]]) -> float | None:

@@ -43,3 +43,23 @@ def sampled(space, count=50, seed=0):
         returned = space(trial)
         made.append((trial.params, returned))
     return made
+
+
+class Walk:
+    """A trial that answers with the lowest value, or the given choice, and writes down what it was asked."""
+
+    def __init__(self, **chosen):
+        self.chosen, self.asked = chosen, []
+
+    def suggest_float(self, name, low, high, *, step=None, log=False):
+        return self.note(name, f"float {low!r} to {high!r}" + " log" * log + (f" step {step}" if step else ""), low)
+
+    def suggest_int(self, name, low, high, *, step=1, log=False):
+        return self.note(name, f"int {low!r} to {high!r}" + " log" * log + (f" step {step}" if step > 1 else ""), low)
+
+    def suggest_categorical(self, name, choices):
+        return self.note(name, f"one of {list(choices)!r}", self.chosen.get(name, choices[0]))
+
+    def note(self, name, distribution, value):
+        self.asked.append(f"{name}: {distribution}")
+        return value

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ray_unlearn.merging import MERGES, MergeRecipe
+from ray_unlearn.merging import MERGES, MergeRecipe, merge_options
 from ray_unlearn.merging.sparsify import (
     Cut,
     apply_cut,
@@ -23,8 +23,18 @@ from ray_unlearn.merging.sparsify import (
 
 
 def merged(method, deltas, weights, densities, lambda_=1.0, base=None, **options):
+    """The merged delta; of the options, a method gets what it reads."""
     names = [str(place) for place in range(len(deltas))]
-    recipe = MergeRecipe(method=method, members=names, weights=weights, densities=densities, lambda_=lambda_, **options)
+    own = {name: options.pop(name) for name in merge_options() if name in options}
+    recipe = MergeRecipe(
+        method=method,
+        members=names,
+        weights=weights,
+        densities=densities,
+        lambda_=lambda_,
+        options={name: value for name, value in own.items() if name in MERGES[method].options},
+        **options,
+    )
     return recipe.combine(deltas, base)
 
 

@@ -63,13 +63,13 @@ def random_recipe(method, seed):
             else rng.uniform(low, high)
         )
 
-    options = {}
+    options, own = {}, {"seed": seed} if row.random else {}
     if "normalize" in row.parameters:
         options["normalize"] = rng.choice([None, True, False])
     if "rescale" in row.parameters:
         options["rescale"] = rng.choice([None, True, False])
     if method == "breadcrumbs":
-        options["gamma"] = rng.choice([0.0, 0.01, 0.1])
+        own["gamma"] = rng.choice([0.0, 0.01, 0.1])
     weights = [number(0.1, 2) if row.uses_weights and method != "karcher" else 1.0 for _ in range(count)]
     if method == "slerp":  # mergekit's t is one number: a gradient of weights has no gradient of t with straight lines
         weights = [rng.uniform(0.1, 2) for _ in range(count)]
@@ -81,7 +81,7 @@ def random_recipe(method, seed):
         lambda_=number(0.5, 1.5)
         if "lambda" in row.parameters and row.consensus.__name__ in ("_sum", "_election")
         else 1.0,
-        seed=seed,
+        options=own,
         **options,
     )
 
@@ -92,7 +92,7 @@ def mergekit_config(recipe, base, members):
     models = []
     for name, weight, density in zip(recipe.members, recipe.weights, recipe.densities, strict=True):
         parameters = {"weight": weight} | ({"density": density} if row.uses_density else {})
-        parameters |= {"gamma": recipe.gamma} if recipe.method == "breadcrumbs" else {}
+        parameters |= {"gamma": recipe.options["gamma"]} if recipe.method == "breadcrumbs" else {}
         models.append({"model": str(members[name]), "parameters": parameters})
     parameters = {}
     if "normalize" in row.parameters:
@@ -186,7 +186,7 @@ def test_given_the_same_masks_a_random_merge_is_mergekits(members, base, monkeyp
             monkeypatch.setattr(torch, "bernoulli", masks)
             delta = load_file(members[member] / "model.safetensors")[name] - weights
             kept = sparsify(
-                delta, density, their_method.sparsification_method, epsilon=recipe.epsilon,
+                delta, density, their_method.sparsification_method, epsilon=recipe.options.get("epsilon", 0.15),
                 rescale_norm=RescaleNorm.l1 if settings.rescale else None,
             )  # fmt: skip
             monkeypatch.undo()
@@ -211,7 +211,7 @@ def their_consensus(method, deltas, settings):
 
 def test_mergekits_tiny_tensors_and_gamma_of_zero_do_not_drop_the_delta_here():
     delta = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    recipe = MergeRecipe(method="breadcrumbs", members=["a"], weights=[1.0], densities=[0.5], gamma=0.01)
+    recipe = MergeRecipe(method="breadcrumbs", members=["a"], weights=[1.0], densities=[0.5])
     assert int((recipe.combine([delta]) != 0).sum()) == 32
 
 

@@ -81,12 +81,14 @@ def test_recipes_survive_their_file_and_old_ones_still_load():
         weights=[[0.2, 1.0], 1.0],
         densities=[0.5, 0.5],
         lambda_=[1.0, 0.5],
-        epsilon=0.1,
         normalize=False,
-        seed=3,
+        options={"seed": 3, "epsilon": 0.1},
         merges={"merge-0001": inner},
     )
     assert MergeRecipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert list(recipe.to_json().items())[4:-1] == [
+        ("lambda", [1.0, 0.5]), ("normalize", False), ("epsilon", 0.1), ("seed", 3),
+    ]  # fmt: skip
     assert recipe.leaves() == ["a", "b", "c"]
     old = {"method": "ties", "members": ["a"], "weights": [1.0], "densities": [0.5], "lambda": 0.9}
     assert MergeRecipe.from_json(old).lambda_ == 0.9
@@ -116,7 +118,10 @@ def test_recipes_survive_their_file_and_old_ones_still_load():
         ),
         ({"weights": [1.0, 2.0], "method": "model_stock"}, "uses no weights"),
         ({"densities": [0.9, 0.5], "method": "della"}, "density . epsilon below 1, got density 0.9"),
-        ({"gamma": 1.0, "method": "breadcrumbs"}, "gamma must be at least 0 and below 1"),
+        ({"options": {"gamma": 1.0}, "method": "breadcrumbs"}, r"gamma must be in \[0, 1\), got 1.0"),
+        ({"options": {"seed": 0.5}, "method": "dare_ties"}, "seed must be int, got 0.5"),
+        ({"options": {"epsilon": 0.1}}, "unknown parameter of the merge method ties 'epsilon'"),
+        ({"options": {"epsilom": 0.1}, "method": "della"}, "merge method della 'epsilom'. Did you mean 'epsilon'"),
     ],
 )
 def test_recipes_that_cannot_be_merged_are_refused(changes, message):

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from small import Walk
 
 from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.losses import LOSSES, METHODS, OPTIONS, Loss, Method, Option
@@ -20,26 +21,6 @@ from ray_unlearn.tables import additions, take_back
 PINNED = json.loads((Path(__file__).parent / "spaces.json").read_text())
 """Of each shipped space: fields that it gives, and what it asks, in order. A line that changes here changes what a
 seeded search draws."""
-
-
-class Walk:
-    """A trial that answers with the lowest value, or the given choice, and writes down what it was asked."""
-
-    def __init__(self, **chosen):
-        self.chosen, self.asked = chosen, []
-
-    def suggest_float(self, name, low, high, *, step=None, log=False):
-        return self.note(name, f"float {low!r} to {high!r}" + " log" * log + (f" step {step}" if step else ""), low)
-
-    def suggest_int(self, name, low, high, *, step=1, log=False):
-        return self.note(name, f"int {low!r} to {high!r}" + " log" * log + (f" step {step}" if step > 1 else ""), low)
-
-    def suggest_categorical(self, name, choices):
-        return self.note(name, f"one of {list(choices)!r}", self.chosen.get(name, choices[0]))
-
-    def note(self, name, distribution, value):
-        self.asked.append(f"{name}: {distribution}")
-        return value
 
 
 def expected(lines, **chosen):
