@@ -8,6 +8,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from ray_unlearn.cli import catalogue, evaluate, merge, report, run, score, submit, target, train
 from ray_unlearn.cli.arguments import Parser
@@ -30,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(arguments, error, 2)
     except KeyboardInterrupt:
-        command = shlex.join(["ray-unlearn", *(sys.argv[1:] if argv is None else argv)])
-        print(f"ray-unlearn: interrupted; what was finished is kept. To go on:\n  {command}", file=sys.stderr)
+        if argv is not None:  # else it was said at once, by entry's handler
+            _say_how_to_go_on(argv)
         return 1
     except Exception as error:
         return _fail(arguments, error, 1)
@@ -55,9 +57,23 @@ def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
     return code
 
 
+def _say_how_to_go_on(argv: Sequence[str]) -> None:
+    command = shlex.join(["ray-unlearn", *argv])
+    print(f"ray-unlearn: interrupted; what was finished is kept. To go on:\n  {command}", file=sys.stderr, flush=True)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """Says how to go on before anything is taken down: Ray may end the process while it is."""
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(again) is _interrupted:
+            signal.signal(again, signal.default_int_handler)  # said once
+    _say_how_to_go_on(sys.argv[1:])
+    raise KeyboardInterrupt
+
+
 def entry() -> None:
     """The console script. SIGTERM and a closed terminal end it as Ctrl-C does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # not where it is ignored, as by nohup
-            signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not ignored, as by nohup
+            signal.signal(number, _interrupted)
     sys.exit(main())

@@ -154,16 +154,23 @@ def _dicts(value: object) -> Iterator[dict[str, Any]]:
 
 
 def check_causal(model: CausalLM) -> None:
-    """Refuses a model that does not read from left to right, or has other than one row of logits for each token."""
+    """Refuses a model that does not read from left to right, or has other than one row of logits for each token.
+
+    One that cannot be run at all says so where it is run: its weights alone may be wanted, as in a merge.
+    """
     ids = some_tokens(model, 5)
     other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
     seen = []
     head = model.get_output_embeddings()
     handle = head and head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    with scoring_mode(model):
-        one, two = (model(input_ids=given, use_cache=False).logits for given in (ids, other))
-    if handle:
-        handle.remove()
+    try:
+        with scoring_mode(model):
+            one, two = (model(input_ids=given, use_cache=False).logits for given in (ids, other))
+    except RuntimeError:
+        return
+    finally:
+        if handle:
+            handle.remove()
     name = type(model).__name__
     if any(states.shape[:-1] != ids.shape for states in (one, *seen)):
         raise InputError(f"{name} cannot be scored: it has logits for other positions than those of its tokens.")
