@@ -20,9 +20,9 @@ from ray_unlearn.api.evaluation import eval_set
 from ray_unlearn.data.questions import Question
 from ray_unlearn.evaluation.generation import decode
 from ray_unlearn.evaluation.mmlu import mmlu_prompt
-from ray_unlearn.evaluation.scoring import Measured, score_model
+from ray_unlearn.evaluation.scoring import ModelOutputs, score_model
 from ray_unlearn.evaluation.spec import EvalSet, EvalSettings
-from ray_unlearn.evaluation.work_units import compute, plan
+from ray_unlearn.evaluation.work_units import compute, split_work
 from ray_unlearn.models.loading import load_model, load_tokenizer
 from ray_unlearn.records import Example
 
@@ -86,9 +86,9 @@ def some_questions(data: EvalSet, subjects: int, questions: int) -> list[Questio
     return [q for name in chosen for q in [q for q in data.questions if q.subject == name][:questions]]
 
 
-def ours(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings) -> Measured:
-    units = plan(data, settings)
-    return Measured.of(units, [compute(unit, model, tokenizer, data, settings) for unit in units])
+def ours(model: Any, tokenizer: Any, data: EvalSet, settings: EvalSettings) -> ModelOutputs:
+    units = split_work(data, settings)
+    return ModelOutputs.of(units, [compute(unit, model, tokenizer, data, settings) for unit in units])
 
 
 def show(name: str, plain: Seconds, fast: Seconds, rest: str) -> None:

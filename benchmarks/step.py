@@ -28,7 +28,7 @@ from ray_unlearn.config.trial import TrialConfig
 from ray_unlearn.data.tokens import Encoded
 from ray_unlearn.losses.preference import npo
 from ray_unlearn.models.loading import load_model
-from ray_unlearn.training.dataloader import Row, length_groups, token_logps
+from ray_unlearn.training.dataloader import TrainingRow, length_groups, token_logps
 from ray_unlearn.training.parameters import TrainableModel
 from ray_unlearn.training.step_loss import TrialLoss
 
@@ -79,8 +79,8 @@ class Project:
     def backward(self, forget: list[Encoded], retain: list[Encoded]) -> float:
         """Gradients of the step's loss; returns the loss."""
         engine = PlainEngine(self.model)
-        units = [[Row("forget", row, reference=self.known[row])] for row in forget]
-        units += [[Row("retain", row)] for row in retain]
+        units = [[TrainingRow("forget", row, reference=self.known[row])] for row in forget]
+        units += [[TrainingRow("retain", row)] for row in retain]
         terms = self.objective.terms(True, True)
         total = torch.zeros(())
         for rows in length_groups(units, together=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,13 @@ def test_any_is_under_one_in_twenty_annotations():
     found = [annotation for path in files() for annotation in annotations(path)]
     loose = [one for one in found if any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(one))]
     assert len(found) > 2000 and len(loose) < 0.05 * len(found)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_of_the_package_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray_unlearn"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                known = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                assert known, f"{path.name}: {node.module} has no {name}"
