@@ -31,10 +31,15 @@ def named_in_the_tree():
     return found
 
 
+GROWING = ("attacks/", "data/benchmarks/")
+"""Folders of a file for each row of a table, where the tree need not name a new one."""
+
+
 def test_the_tree_names_every_file_of_the_package_and_no_other():
     real = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
     real = {name for name in real if not name.endswith("__init__.py")} | {"cli/__init__.py", "__init__.py"}
-    assert named_in_the_tree() == real
+    named = named_in_the_tree()
+    assert named <= real and {name for name in real - named if not name.startswith(GROWING)} == set()
 
 
 def test_the_api_page_is_made_from_the_docstrings():
@@ -52,5 +57,6 @@ def test_links_and_paths_of_the_documentation_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         assert target.startswith("http") or (page.parent / target).exists(), target
+    shown = re.findall(r"^ *`([\w/.]+)`:$", text, re.MULTILINE)  # examples, which tests/test_contributing.py makes
     for path in re.findall(r"`((?:ray_unlearn|benchmarks|jobs|search_spaces|docs|tests)/[\w./-]*\w)`", text):
-        assert "NAME" in path or (ROOT / path).exists(), path
+        assert "NAME" in path or path in shown or (ROOT / path).exists(), path

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small import examples
 
 from ray_unlearn.attacks import ATTACKS
 from ray_unlearn.data.tokens import collate, encode
@@ -16,12 +17,6 @@ from ray_unlearn.records import Example
 
 ATTACK = ATTACKS["prefix"]
 STEPS = 30
-
-
-def examples(rows):
-    return [
-        Example(id=r["id"], input=r["input"], output=r["output"], task=r["task"], kind=r["id"][-3:-1]) for r in rows
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_unlearn.data.benchmarks.embedded import EmbeddedSettings
+from ray_unlearn.records import Example
 
 SETTINGS = EmbeddedSettings(
     stories=3, biographies=1, entries=8, nonmembers=24, facts=8, vocabulary=420, hidden=64, layers=2, epochs=25,
@@ -29,6 +30,12 @@ def small_job(cache: Path) -> dict[str, Any]:
         "merge": {"candidates": 2},
         "selection": {"utility_floor": 0.2},
     }
+
+
+def examples(rows: list[dict[str, str]]) -> list[Example]:
+    """The benchmark's rows as those that are read from its files."""
+    names = ("id", "input", "output", "task")
+    return [Example(**{name: row[name] for name in names}, kind=row["id"][-3:-1]) for row in rows]
 
 
 def sampled(space, count=50, seed=0):
